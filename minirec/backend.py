@@ -1,0 +1,100 @@
+"""Which array library computes: NumPy on the CPU, or CuPy on a GPU.
+
+The only file that imports CuPy, and only when it is asked for. Everything above is written once,
+against the functions that the two libraries share; `xp` is the one in use.
+"""
+
+import sys
+from typing import NamedTuple
+
+import numpy as np
+
+from minirec.errors import UserError
+
+BACKENDS = ("numpy", "cupy")
+
+
+class Plan(NamedTuple):
+    """How a batch is cut into pieces of work. A CPU wants pieces that stay in its cache; on a GPU
+    every kernel launch costs, so it wants few pieces, however many sequences a batch has."""
+
+    lanes: int  # gradient vectors that may be filled at the same time
+    micro_batch_tokens: int  # at most about so many tokens go through the model at a time
+    rectangles: int | None  # attention groups a micro-batch; None: one for each distinct length
+    loss_bytes: int  # size of one chunk of logits
+
+
+CPU_PLAN = Plan(lanes=4, micro_batch_tokens=1000, rectangles=None, loss_bytes=4 << 20)
+GPU_PLAN = Plan(lanes=1, micro_batch_tokens=1 << 18, rectangles=4, loss_bytes=1 << 30)
+
+
+def load(name):
+    """Return the array module for a backend.
+
+    name: "numpy" or "cupy". Raises UserError where CuPy or a GPU is missing.
+    """
+    if name == "numpy":
+        return np
+    try:
+        import cupy
+    except ImportError:
+        raise UserError(
+            "--backend cupy: CuPy is not installed; pip install 'cupy-cuda12x' (for CUDA 12), or use --backend numpy"
+        ) from None
+    try:
+        devices = cupy.cuda.runtime.getDeviceCount()
+    except Exception as error:  # the driver's own classes; without a driver they may not even load
+        raise UserError(
+            f"--backend cupy: no usable GPU ({str(error).splitlines()[0]}); check nvidia-smi, or use --backend numpy"
+        ) from None
+    if devices == 0:
+        raise UserError("--backend cupy: no GPU found; check nvidia-smi, or use --backend numpy")
+    return cupy
+
+
+def get_array_module(x):
+    """Return the module that array x belongs to: numpy, or cupy (imported already, since x exists)."""
+    return np if isinstance(x, (np.ndarray, np.generic)) else sys.modules["cupy"]
+
+
+def plan(xp):
+    """Return the Plan for array module xp."""
+    return CPU_PLAN if xp is np else GPU_PLAN
+
+
+def to_device(x, xp):
+    """Return host array x as an array of module xp; one copy on a GPU, none on the CPU."""
+    return xp.asarray(x)
+
+
+def to_host(x):
+    """Return array x as a NumPy array; waits for the device where there is one."""
+    return x if isinstance(x, (np.ndarray, np.generic)) else x.get()
+
+
+def generator(xp, *key):
+    """Return a random generator of module xp whose stream depends on the integers of `key` alone.
+
+    A device generator's state cannot be saved, so nothing keeps one: each piece of work derives
+    its own from (seed, step, index), which also makes results independent of who does the work.
+    """
+    sequence = np.random.SeedSequence(key)
+    if xp is np:
+        return np.random.Generator(np.random.SFC64(sequence))
+    return xp.random.Generator(xp.random.Philox4x3210(int(sequence.generate_state(1)[0])))
+
+
+def scatter_add(target, index, rows):
+    """Add rows to target[index], in place, where index may repeat.
+
+    target [V, D], index [N] integers, rows [N, D]. `target[index] += rows` would lose all but one
+    of the repeats. On the CPU: sort, sum each run, add, several times faster than numpy.add.at.
+    """
+    xp = get_array_module(target)
+    if xp is not np:
+        xp.add.at(target, index, rows)
+        return
+    order = np.argsort(index, kind="stable")
+    ordered = index[order]
+    starts = np.flatnonzero(np.r_[True, ordered[1:] != ordered[:-1]])
+    target[ordered[starts]] += np.add.reduceat(rows[order], starts, axis=0)

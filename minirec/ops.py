@@ -1,0 +1,128 @@
+"""Forward and backward of the token-wise operations: embedding, linear, relu, dropout, layer norm.
+
+Symbols: N tokens (all valid positions of a batch, packed, no padding), D hidden size, V items.
+y = f(x) is computed forwards; backwards, d_y stands for dLoss/dy and f_backward turns it into d_x.
+
+Each f(...) returns (out, cache), and f_backward(d_out, cache, ...) right below it returns d_x.
+Gradients of parameters are ADDED to the arrays given (d_w, d_b, ...): a parameter that is used
+twice, or by several micro-batches, gets the sum of its gradients, as the chain rule asks.
+"""
+
+from minirec.backend import get_array_module, scatter_add
+
+LAYER_NORM_EPS = 1e-8
+
+
+def embedding(table, index):
+    """Look up rows: out[n] = table[index[n]].
+
+    table [V, D], index [N] integers in 0..V-1 -> out [N, D], cache.
+    """
+    return table[index], index
+
+
+def embedding_backward(d_out, cache, d_table):
+    """d_table[v] += sum of d_out[n] over all n with index[n] = v."""
+    scatter_add(d_table, cache, d_out)
+
+
+def linear(x, w, b):
+    """out = x w + b.
+
+    x [N, D], w [D, M], b [M] -> out [N, M], cache.
+    """
+    out = x @ w  # [N, M]
+    out += b
+    return out, (x, w)
+
+
+def linear_backward(d_out, cache, d_w, d_b):
+    """Return d_x [N, D]; add to d_w [D, M] and d_b [M].
+
+    out_nm = sum_d x_nd w_dm + b_m, so by the chain rule
+        dL/dx_nd = sum_m dL/dout_nm w_dm        ->  d_x = d_out w^T
+        dL/dw_dm = sum_n x_nd dL/dout_nm        ->  d_w = x^T d_out
+        dL/db_m  = sum_n dL/dout_nm             ->  d_b = 1^T d_out
+    """
+    x, w = cache
+    xp = get_array_module(x)
+    d_w += x.T @ d_out
+    d_b += xp.ones(len(x), x.dtype) @ d_out  # a sum over rows is fastest as a product
+    return d_out @ w.T
+
+
+def relu(x):
+    """out = max(x, 0), elementwise -> out, cache."""
+    xp = get_array_module(x)
+    out = xp.maximum(x, 0)
+    return out, out
+
+
+def relu_backward(d_out, cache):
+    """d_x = d_out where x > 0, which is where out > 0; the derivative at 0 is taken as 0."""
+    return d_out * (cache > 0)
+
+
+def dropout_mask(shape, rate, rng, like):
+    """Draw a mask that is 0 with probability `rate` and 1 / (1 - rate) otherwise, so its mean is 1.
+
+    Array module and dtype are those of `like`. The draws are float32 for either dtype: float64
+    checks see the masks of float32 training. None where nothing is dropped (rng None or rate 0).
+    """
+    if rng is None or rate == 0:
+        return None
+    xp = get_array_module(like)
+    mask = rng.random(shape, dtype=xp.float32)
+    xp.greater_equal(mask, rate, out=mask)
+    mask *= 1 / (1 - rate)
+    return mask.astype(like.dtype, copy=False)
+
+
+def dropout(x, rate, rng):
+    """Inverted dropout (Srivastava et al. 2014): out = x * mask -> out, cache (the mask or None)."""
+    mask = dropout_mask(x.shape, rate, rng, x)
+    return (x if mask is None else x * mask), mask
+
+
+def dropout_backward(d_out, cache):
+    """d_x = d_out * mask."""
+    return d_out if cache is None else d_out * cache
+
+
+def layer_norm(x, gamma, beta):
+    """Layer norm (Ba et al. 2016): out = gamma (x - mean) / sigma + beta, over each row.
+
+    x [N, D], gamma [D], beta [D] -> out [N, D], cache.
+    sigma = sqrt(variance + 1e-8), the variance in two passes: exact also where mean >> deviation.
+    """
+    xp = get_array_module(x)
+    average = xp.full((x.shape[1], 1), 1 / x.shape[1], x.dtype)  # x @ average = row means
+    centred = x - x @ average  # [N, D]
+    sigma = xp.sqrt((centred * centred) @ average + LAYER_NORM_EPS)  # [N, 1]
+    normed = centred
+    normed /= sigma
+    out = normed * gamma
+    out += beta
+    return out, (normed, sigma, gamma, average)
+
+
+def layer_norm_backward(d_out, cache, d_gamma, d_beta):
+    """Return d_x [N, D]; add to d_gamma [D] and d_beta [D].
+
+    With n = (x - m)/s, out = gamma n + beta and e = dL/dn = gamma d_out, per row:
+        dm/dx_k = 1/D        ds/dx_k = (x_k - m)/(D s) = n_k / D
+        dn_i/dx_k = (delta_ik - 1/D)/s - (x_i - m)/s^2 * n_k/D
+                  = (delta_ik - 1/D - n_i n_k / D) / s
+        d_x_k = sum_i e_i dn_i/dx_k = (e_k - mean(e) - n_k mean(e n)) / s
+    in words: e, less its part along the constant vector, less its part along n, over s.
+    """
+    normed, sigma, gamma, average = cache
+    xp = get_array_module(normed)
+    ones = xp.ones(len(normed), normed.dtype)
+    d_gamma += ones @ (d_out * normed)
+    d_beta += ones @ d_out
+    d_normed = d_out * gamma  # e, [N, D]
+    d_x = d_normed - d_normed @ average
+    d_x -= normed * ((d_normed * normed) @ average)
+    d_x /= sigma
+    return d_x

@@ -1,0 +1,70 @@
+"""Helpers of all tests: central differences, small logs, the command line, real logs where they lie."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+DATASETS = Path(os.environ.get("MINIREC_DATASETS", ROOT.parent / "shared" / "datasets"))
+
+
+def numeric_gradient(f, x, h=1e-5):
+    """Central differences of the scalar f() with respect to the float64 array x, in place."""
+    gradient = np.zeros_like(x)
+    for i in np.ndindex(x.shape):
+        centre = x[i]
+        x[i] = centre + h
+        above = f()
+        x[i] = centre - h
+        under = f()
+        x[i] = centre
+        gradient[i] = (above - under) / (2 * h)
+    return gradient
+
+
+def assert_gradient(analytic, numeric, tolerance=1e-7):
+    """max |difference| / max |gradient| is below the tolerance, and the gradient is not all zero."""
+    assert np.abs(numeric).max() > 1e-6
+    assert np.abs(analytic - numeric).max() / np.abs(numeric).max() < tolerance
+
+
+def run_cli(*arguments, cwd, environment=None):
+    """Run `python cli.py ...`; return the finished process with stdout and stderr as text."""
+    command = [sys.executable, str(ROOT / "cli.py"), *map(str, arguments)]
+    return subprocess.run(
+        command, cwd=cwd, capture_output=True, text=True, timeout=300, env=os.environ | (environment or {})
+    )
+
+
+def last_json(process):
+    """The JSON object that a successful command printed, alone, on stdout."""
+    assert process.returncode == 0, process.stderr
+    lines = process.stdout.splitlines()
+    assert len(lines) == 1, "--json prints one line and nothing else"
+    return json.loads(lines[0], parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
+
+
+@pytest.fixture
+def rng():
+    return np.random.default_rng(0)
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory):
+    """A run folder: two epochs on the embedded dataset, made by the command line."""
+    folder = tmp_path_factory.mktemp("trained")
+    process = run_cli("train", "--epochs", 2, "--out", folder / "run", cwd=folder)
+    assert process.returncode == 0, process.stderr
+    return folder / "run"
+
+
+def real_log(name):
+    """The path of a real log, or a skip where it is not at hand."""
+    if not (DATASETS / name).exists():
+        pytest.skip(f"{name} is not in {DATASETS}")
+    return DATASETS / name

@@ -1,0 +1,87 @@
+"""Attention against a naive loop, its gradient, and the rectangles that hold the packed rows."""
+
+import numpy as np
+import pytest
+from conftest import assert_gradient, numeric_gradient
+
+from minirec.attention import WEIGHTINGS, attention, attention_backward, from_heads, make_groups, to_heads
+
+LENGTHS = np.array([1, 3, 3, 4, 6])
+N, D, H = LENGTHS.sum(), 6, 2
+
+
+def naive_attention(q, k, v, lengths, n_heads, weighting):
+    """One sequence, head, query and key at a time."""
+    out, start, size = np.zeros_like(v), 0, v.shape[1] // n_heads
+    for length in lengths:
+        for h in range(n_heads):
+            columns = slice(h * size, (h + 1) * size)
+            for i in range(length):
+                past = slice(start, start + i + 1)
+                if weighting == "softmax":
+                    scores = k[past, columns] @ q[start + i, columns] / np.sqrt(size)
+                    a = np.exp(scores) / np.exp(scores).sum()
+                elif weighting == "uniform":
+                    a = np.full(i + 1, 1 / (i + 1))
+                else:
+                    a = np.eye(i + 1)[i]
+                out[start + i, columns] = a @ v[past, columns]
+        start += length
+    return out
+
+
+@pytest.fixture
+def qkv(rng):
+    return [rng.normal(size=(N, D)) for _ in range(3)]
+
+
+@pytest.mark.parametrize("rectangles", [None, 1, 2])
+@pytest.mark.parametrize("weighting", WEIGHTINGS)
+def test_attention_equals_the_naive_loop(qkv, weighting, rectangles):
+    groups = make_groups(LENGTHS, rectangles, np)
+    out, _ = attention(*qkv, groups, H, weighting, 0, None)
+    np.testing.assert_allclose(out, naive_attention(*qkv, LENGTHS, H, weighting), atol=1e-12)
+
+
+@pytest.mark.parametrize("rectangles", [None, 2])
+@pytest.mark.parametrize("weighting", WEIGHTINGS)
+def test_attention_gradients_with_dropout(qkv, weighting, rectangles, rng):
+    groups = make_groups(LENGTHS, rectangles, np)
+    d_out = rng.normal(size=(N, D))
+
+    def loss():
+        out, _ = attention(*qkv, groups, H, weighting, 0.3, np.random.default_rng(1))
+        return (out * d_out).sum()
+
+    _, cache = attention(*qkv, groups, H, weighting, 0.3, np.random.default_rng(1))
+    gradients = attention_backward(d_out, cache, groups, weighting)
+    for x, gradient in zip(qkv, gradients, strict=True):
+        if gradient is None:
+            assert weighting != "softmax" and np.abs(numeric_gradient(loss, x)).max() == 0
+        else:
+            assert_gradient(gradient, numeric_gradient(loss, x))
+
+
+@pytest.mark.parametrize("weighting", WEIGHTINGS)
+def test_dropout_draws_do_not_depend_on_the_weighting(qkv, weighting):
+    generator = np.random.default_rng(3)
+    attention(*qkv, make_groups(LENGTHS, None, np), H, weighting, 0.3, generator)
+    expected = np.random.default_rng(3)
+    expected.random(sum(H * n * n for n in LENGTHS), dtype=np.float32)
+    assert generator.random() == expected.random()
+
+
+def test_groups_without_padding_are_views(rng):
+    x = rng.normal(size=(N, D))
+    groups = make_groups(LENGTHS, None, np)
+    assert [(g.count, g.length) for g in groups] == [(1, 1), (2, 3), (1, 4), (1, 6)]
+    assert all(np.shares_memory(to_heads(x, group, H), x) for group in groups)
+
+
+@pytest.mark.parametrize("rectangles", [None, 1, 2, 9])
+def test_from_heads_undoes_to_heads(rng, rectangles):
+    x = rng.normal(size=(N, D))
+    out = np.zeros_like(x)
+    for group in make_groups(LENGTHS, rectangles, np):
+        from_heads(to_heads(x, group, H), group, out)
+    np.testing.assert_array_equal(out, x)
