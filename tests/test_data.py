@@ -1,0 +1,205 @@
+"""Readers, splits, windows and batches."""
+
+import gzip
+
+import numpy as np
+import pytest
+from conftest import real_log
+from hypothesis import given
+from hypothesis import strategies as st
+
+from minirec import data, planted
+from minirec.errors import UserError
+
+EXPECTED = {"u1": ["a", "b", "c"], "u2": ["b", "a"]}
+
+
+def histories(log):
+    return {user: [log.items[i] for i in log.history(u)] for u, user in enumerate(log.users)}
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "u1 a b c\nu2 b a\n",
+        "\n  u1\ta  b c \r\n\r\nu2 b a",
+        "u1 a\nu2 b\nu1 b\nu1 c\nu2 a\n",
+        "user,item\nu1,a\nu2,b\nu1,b\nu1,c\nu2,a\n",
+        "\ufeffItem_ID;Rating;User_ID;\na;1;u1;\nb;2;u2;\nb;3;u1;\nc;4;u1;\na;5;u2;\n",
+        "userId,movieId,timestamp\nu1,c,3\nu2,b,1\nu1,b,2\nu1,a,-1.5\nu2,a,1\n",
+        'user,item,review,time\nu1,"b","said ""no, thanks""",2\nu2,b,,1\nu1,a,,1\nu1,c,,1e3\nu2,a,,1\n',
+        "user_id:token\titem_id:token\trating:float\ttimestamp:float\n"
+        'u1\tb\t"5\t20\nu1\ta\t3\t10\nu1\tc\t3\t30\nu2\tb\t1\t5\nu2\ta\t1\t5\n',
+    ],
+    ids=["lines", "lines, untidy", "pairs", "csv", "csv, BOM", "csv, time", "csv, quotes", "inter"],
+)
+@pytest.mark.parametrize("zipped", [False, True])
+def test_every_format_is_recognised_and_read(tmp_path, text, zipped):
+    path = tmp_path / "log"
+    path.write_bytes(gzip.compress(text.encode()) if zipped else text.encode())
+    assert histories(data.read_log(path)) == EXPECTED
+
+
+def test_one_short_line_does_not_make_pairs(tmp_path):
+    path = tmp_path / "log"
+    path.write_text("u1 a b c\nu2 b\n")
+    assert histories(data.read_log(path)) == {"u1": ["a", "b", "c"], "u2": ["b"]}
+
+
+def test_format_and_columns_can_be_given(tmp_path):
+    path = tmp_path / "log"
+    path.write_text("who,what,when\nu1,b,2\nu1,a,1\nu1,c,3\nu2,b,1\nu2,a,1\n")
+    assert histories(data.read_log(path, columns=("who", "what", "when"))) == EXPECTED
+    path.write_text("user item\nuser a\nx a\nuser b\n")
+    assert histories(data.read_log(path, format="pairs")) == {"user": ["item", "a", "b"], "x": ["a"]}
+
+
+def test_nanosecond_timestamps_are_not_rounded(tmp_path):
+    path = tmp_path / "log"
+    base = 1_700_000_000_000_000_000
+    path.write_text(f"user,item,time\nu1,c,{base + 2}\nu1,b,{base + 1}\nu1,a,{base}\nu2,b,0\nu2,a,0\n")
+    assert histories(data.read_log(path)) == EXPECTED
+
+
+NAMES = st.text(st.characters(codec="utf-8", exclude_categories=("C", "Z")), min_size=1, max_size=8)
+
+
+@given(st.lists(st.lists(NAMES, min_size=3, max_size=6), min_size=2, max_size=6))
+def test_any_strings_are_ids(tmp_path_factory, sequences):
+    path = tmp_path_factory.mktemp("ids") / "log.csv"
+    rows = [(f"u{u}", item, t) for u, s in enumerate(sequences) for t, item in enumerate(s)]
+    np.random.default_rng(0).shuffle(rows)
+
+    def quoted(x):
+        return '"' + str(x).replace('"', '""') + '"'
+
+    text = "user,item,time\n" + "".join(",".join(map(quoted, row)) + "\n" for row in rows)
+    path.write_text(text, "utf-8", newline="")
+    assert histories(data.read_log(path)) == {f"u{u}": s for u, s in enumerate(sequences)} | {}
+
+
+GOOD = "u1 a b c\nu2 b a\n"
+MALFORMED = {
+    "empty": (b"", "empty"),
+    "blank": (b"\n \n\n", "empty"),
+    "binary": (b"\x89PNG\r\n\x1a\n\x00\x00", "line 1: byte 1 is not UTF-8"),
+    "NUL": (b"u1 a b c\nu2 a\x00b c\n", "line 2: control character U\\+0000"),
+    "escape": (b"u1 a b c\nu2 a \x1b[2J c\n", "line 2: control character U\\+001B"),
+    "C1 control": ("u1 a b c\nu2 a\x9bb c\n".encode(), "line 2: control character U\\+009B"),
+    "latin-1": ("u1 a b c\nu2 caf\xe9 b\n".encode("latin-1"), "line 2: byte 7 is not UTF-8"),
+    "UTF-16": (GOOD.encode("utf-16"), "line 1: this is UTF-16"),
+    "long id": (b"u1 a b c\nu2 " + b"x" * 257 + b" b\n", "line 2: item id of 257 bytes"),
+    "one line": (b"u1 a b c\n", "1 user"),
+    "prose": (b"hello\n", "line 1: expected"),
+    "short": (b"u1 a b\nu2 b a\n", "no user has 3"),
+    "lone user": (b"u1 a b c\nu2\n", "line 2: expected"),
+    "headerless ratings": (b"u1 a 5\nu2 b 3\nu1 b 4\n", "line 3: user 'u1' has a line already"),
+    "unknown columns": (b"foo,bar\n1,2\n", "line 1: expected"),
+    "header only": (b"user,item,time\n", "no interactions"),
+    "ragged": (b"user,item\nu1,a\nu1,b,c\n", "line 3: 3 fields where the header has 2"),
+    "ragged, short": (b"user,item\nu1,a\nu1\n", "line 3: 1 fields"),
+    "empty item": (b"user,item\nu1,a\nu1,\n", "line 3: empty item"),
+    "NaN time": (b"user,item,time\nu1,a,1\nu1,b,nan\n", "line 3: timestamp 'nan'"),
+    "text time": (b"user,item,time\nu1,a,yesterday\n", "line 2: timestamp 'yesterday'"),
+    "empty time": (b"user,item,time\nu1,a,\n", "line 2: timestamp ''"),
+    "bad quotes": (b'user,item\nu1,"a"b\n', "line 2: not valid CSV"),
+    "open quotes": (b'user,item\nu1,"a\nu1,b\n', "line 3: not valid CSV"),
+    "damaged gzip": (gzip.compress(GOOD.encode())[:-9], "damaged gzip"),
+}
+
+
+@pytest.mark.parametrize("content, message", MALFORMED.values(), ids=MALFORMED)
+def test_malformed_logs_are_refused_naming_file_and_line(tmp_path, content, message):
+    path = tmp_path / "bad.log"
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=f"bad.log.*{message}") as caught:
+        data.read_log(path)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "format, columns, message",
+    [
+        ("pairs", None, "line 1: expected `user item`, found 4"),
+        ("csv", None, "line 1: no user and item columns"),
+        ("inter", None, "line 1: no user and item columns"),
+        (None, ("who", "what"), "no columns who, what"),
+    ],
+)
+def test_what_was_asked_for_but_is_not_there_is_refused(tmp_path, format, columns, message):
+    path = tmp_path / "log"
+    path.write_text(GOOD)
+    with pytest.raises(UserError, match=message):
+        data.read_log(path, format, columns)
+
+
+@pytest.mark.parametrize("make", [lambda p: None, lambda p: p.mkdir()], ids=["missing", "folder"])
+def test_what_is_no_file_is_refused(tmp_path, make):
+    make(tmp_path / "log")
+    with pytest.raises(UserError, match="log: cannot be read"):
+        data.read_log(tmp_path / "log")
+
+
+def log_of(sequences):
+    names = [str(i) for i in range(1 + max(map(max, sequences)))]
+    offsets = np.cumsum([0] + [len(s) for s in sequences])
+    return data.Log([str(u) for u in range(len(sequences))], names, offsets, np.concatenate(sequences).astype(np.int32))
+
+
+def test_leave_one_out_holds_out_the_last_two():
+    log = log_of([[0, 1, 2, 3], [4, 5], [6, 7, 8], [9]])
+    split = data.leave_one_out(log)
+    assert split.n_training_only == 2
+    assert list(split.users) == [0, 2]
+    assert list(split.train_lengths) == [2, 2, 1, 1]
+    for part, targets, before in (("valid", [2, 7], [[0, 1], [6]]), ("test", [3, 8], [[0, 1, 2], [6, 7]])):
+        wanted = data.cases(log, split, part)
+        assert list(log.sequence[wanted.stops]) == targets
+        assert [list(log.sequence[a:b]) for a, b in zip(wanted.starts, wanted.stops)] == before
+
+
+@given(st.lists(st.integers(1, 12), min_size=1, max_size=20), st.integers(1, 6))
+def test_training_never_sees_a_held_out_item(lengths, max_length):
+    log = log_of(np.split(np.arange(sum(lengths)), np.cumsum(lengths)[:-1]))  # every item is unique
+    split = data.leave_one_out(log)
+    held_out = {int(log.sequence[s]) for part in ("valid", "test") for s in data.cases(log, split, part).stops}
+    starts, windows = data.training_windows(log, split, max_length)
+    for start, length in zip(starts, windows):
+        assert 1 <= length <= max_length
+        assert not held_out & set(log.sequence[start : start + length + 1].tolist())  # inputs and targets
+    expected = [min(n - 1, max_length) for n in split.train_lengths if n >= 2]
+    assert list(windows) == expected
+
+
+@given(st.integers(1, 500), st.integers(1, 200), st.integers(0, 5))
+def test_batches_cover_everything_once_in_an_order_set_by_the_epoch(n, size, epoch):
+    found = data.batches(n, size, 0, epoch)
+    assert sorted(np.concatenate(found)) == list(range(n))
+    assert all(len(batch) == size for batch in found[:-1])
+    np.testing.assert_array_equal(np.concatenate(found), np.concatenate(data.batches(n, size, 0, epoch)))
+
+
+def test_household_follows_its_chain_two_back():
+    log = planted.household()
+    again = planted.household()
+    assert log.sha256() == again.sha256() != planted.household(seed=1).sha256()
+    successors = {}
+    for user in range(len(log.users)):
+        history = log.history(user).tolist()
+        for before, after in zip(history, history[2:]):
+            successors.setdefault(before, set()).add(after)
+    assert max(map(len, successors.values())) == planted.N_SUCCESSORS
+    assert (len(log.users), len(log.items)) == (planted.N_USERS, planted.N_ITEMS)
+
+
+@pytest.mark.parametrize(
+    "name, counts",
+    [
+        ("beauty.txt", (22363, 12101, 198502)),
+        ("video-games.txt", (31013, 23715, 287107)),
+        ("ml-100k.inter", (943, 1682, 100000)),
+    ],
+)
+def test_real_logs_have_their_published_counts(name, counts):
+    log = data.read_log(real_log(name))
+    assert (len(log.users), len(log.items), len(log.sequence)) == counts
