@@ -1,0 +1,83 @@
+"""Lanes: every sequence once, and the same bits for any number of workers."""
+
+import os
+import signal
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from minirec import backend, model
+from minirec.errors import UserError
+from minirec.workers import Team, cut, worker_map
+
+CONFIG = model.Config(n_items=30, hidden_size=8, max_length=10, dropout=0.5)
+
+
+@given(st.lists(st.integers(1, 200), min_size=1, max_size=300), st.integers(1, 6))
+@settings(deadline=None)
+def test_cut_deals_every_sequence_once_and_evenly(lengths, lanes):
+    lengths = np.array(lengths)
+    pieces = cut(lengths, lanes, 1000)
+    assert len(pieces) == lanes
+    dealt = [piece for lane in pieces for piece in lane]
+    assert sorted(np.concatenate(dealt)) == list(range(len(lengths)))
+    assert max(lengths[piece].sum() for piece in dealt) <= 1000 + 2 * lengths.max()
+
+
+def take_steps(n_workers):
+    rng = np.random.default_rng(0)
+    sequence = rng.integers(30, size=400).astype(np.int32)
+    with Team(CONFIG, sequence, np, n_workers) as team:
+        team.parameters[...] = np.concatenate([v.reshape(-1) for v in model.init_parameters(CONFIG, 0).values()])
+        losses = []
+        for step in range(1, 6):
+            starts, lengths = rng.integers(380, size=40), rng.integers(1, 11, size=40)
+            losses.append(float(team.compute_gradients(starts, lengths, (7, step))))
+            team.update(step, 0.01)
+        return losses, team.parameters.copy()
+
+
+def test_any_number_of_workers_gives_the_same_bits(monkeypatch):
+    monkeypatch.setattr(backend, "CPU_PLAN", backend.CPU_PLAN._replace(micro_batch_tokens=20))
+    losses, parameters = take_steps(1)
+    for n in (2, 3, 4, 9):
+        other_losses, other_parameters = take_steps(n)
+        assert other_losses == losses
+        np.testing.assert_array_equal(other_parameters, parameters)
+
+
+def test_lanes_sum_to_the_gradient_of_the_whole_batch():
+    sequence = np.random.default_rng(0).integers(30, size=60).astype(np.int32)
+    starts, lengths = np.array([0, 10, 25, 40]), np.array([9, 4, 9, 2])
+    config = model.Config(n_items=30, hidden_size=8, max_length=10, dropout=0)
+    parameters = model.init_parameters(config, 0)
+    loss, gradients = model.loss_and_gradients(
+        parameters, config, [sequence[a : a + n + 1] for a, n in zip(starts, lengths)]
+    )
+    with Team(config, sequence, np, 2) as team:
+        team.parameters[...] = np.concatenate([v.reshape(-1) for v in parameters.values()])
+        assert float(team.compute_gradients(starts, lengths, (0, 1))) == pytest.approx(loss, rel=1e-6)
+        expected = np.concatenate([g.reshape(-1) for g in gradients.values()])
+        np.testing.assert_allclose(team.gradients.sum(axis=0), expected, atol=1e-6)
+
+
+def test_a_worker_that_dies_is_reported_in_one_line():
+    sequence = np.arange(30, dtype=np.int32)
+    with Team(CONFIG, sequence, np, 2) as team:
+        os.kill(team.processes[0].pid, signal.SIGKILL)
+        team.processes[0].join()
+        with pytest.raises(UserError, match="--resume"):
+            team.compute_gradients(np.array([0, 5, 9, 12]), np.array([3, 3, 3, 3]), (0, 1))
+
+
+def test_an_error_in_a_worker_reaches_the_caller():
+    with Team(CONFIG, np.full(30, 99, np.int32), np, 2) as team:  # item 99 of 30
+        with pytest.raises(IndexError):
+            team.compute_gradients(np.array([0, 5, 9, 12]), np.array([3, 3, 3, 3]), (0, 1))
+
+
+def test_worker_map_keeps_the_order():
+    with worker_map(3, np) as run:
+        assert list(run(lambda i: i * i, range(50))) == [i * i for i in range(50)]
