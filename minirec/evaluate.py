@@ -1,0 +1,111 @@
+"""Ranking over all items, metrics, and recommending.
+
+Symbols: M cases (user, history, target), V items, D hidden size, c cases in a chunk.
+
+Nothing is sampled: the target's rank is among all V items. Ties count against the target. With
+filter_seen, all items of the user's whole history leave the candidates; a target that is among
+them cannot be hit, and stays in the mean as a miss.
+"""
+
+import numpy as np
+
+from minirec.backend import get_array_module, plan, to_device, to_host
+from minirec.model import forward, pack
+from minirec.workers import cut
+
+CUTOFFS = (1, 5, 10, 20, 50, 100)
+CASES_AT_A_TIME = 1024
+MISS = 1 << 40  # the rank of a target that is no candidate
+
+
+def last_representations(parameters, config, sequence, starts, stops):
+    """Represent histories sequence[start:stop] by their last position, [c, D], without dropout."""
+    xp = get_array_module(parameters["item_embedding"])
+    out = xp.empty((len(starts), config.hidden_size), parameters["item_embedding"].dtype)
+    lengths = np.minimum(stops - starts, config.max_length)
+    for piece in cut(lengths, 1, plan(xp).micro_batch_tokens)[0]:
+        batch = pack(sequence, stops[piece] - lengths[piece], lengths[piece], xp, with_targets=False)
+        x, _ = forward(parameters, config, batch)
+        last = np.cumsum(batch.lengths) - 1
+        out[to_device(piece[batch.order], xp)] = x[to_device(last, xp)]
+    return out
+
+
+def candidate_scores(parameters, x, sequence, starts, stops, filter_seen):
+    """Score all items for representations x [c, D]: x E^T, [c, V], with -inf for seen items."""
+    xp = get_array_module(x)
+    items = parameters["item_embedding"]
+    scores = x @ items.T  # [c, V]
+    if filter_seen:
+        lengths = stops - starts
+        rows = np.repeat(np.arange(len(starts)), lengths)
+        places = np.arange(len(rows)) + np.repeat(starts - (np.cumsum(lengths) - lengths), lengths)
+        seen = np.unique(rows * len(items) + sequence[places])  # each once: repeats are common
+        scores.reshape(-1)[to_device(seen, xp)] = -xp.inf
+    return scores
+
+
+def chunks(n, size):
+    """Return slices that cover 0..n-1, `size` at a time."""
+    return [slice(start, min(start + size, n)) for start in range(0, n, size)]
+
+
+def rank_targets(parameters, config, sequence, cases, filter_seen=True, run=map):
+    """Rank each case's target among all items, without sorting the catalogue.
+
+    sequence: the log's flat items; cases: data.Cases; run: a workers.worker_map.
+    Yields the ranks chunk by chunk, as arrays on the host, in order: 0 = best, MISS = no candidate.
+    """
+    xp = get_array_module(parameters["item_embedding"])
+    rows = max(16, plan(xp).loss_bytes // (4 * config.n_items))
+
+    def rank(chunk):
+        starts, stops = cases.starts[chunk], cases.stops[chunk]
+        x = last_representations(parameters, config, sequence, starts, stops)
+        ranks = []
+        for part in chunks(len(starts), rows):
+            scores = candidate_scores(parameters, x[part], sequence, starts[part], stops[part], filter_seen)
+            target = to_device(sequence[stops[part]], xp)
+            score = scores[xp.arange(len(target)), target][:, None]  # [c, 1]
+            # Whoever is not strictly below the target stands before it: a tie is never in its favour.
+            ahead = config.n_items - (scores < score).sum(axis=1) - 1  # [c], the target itself apart
+            ranks.append(xp.where(xp.isfinite(score[:, 0]), ahead, MISS))
+        return to_host(xp.concatenate(ranks))
+
+    return run(rank, chunks(len(cases.stops), CASES_AT_A_TIME))
+
+
+def metrics(ranks):
+    """Return {"HR@1": ..., "NDCG@1": ..., "MRR@1": ..., ...} at CUTOFFS, means over ranks [M] (0 = best).
+
+    With one target a case: HR@k = [rank < k], NDCG@k = [rank < k] / log2(rank + 2),
+    MRR@k = [rank < k] / (rank + 1).
+    """
+    values = {}
+    for k in CUTOFFS:
+        hit = ranks < k
+        values[f"HR@{k}"] = float(hit.mean())
+        values[f"NDCG@{k}"] = float((hit / np.log2(ranks + 2)).mean())
+        values[f"MRR@{k}"] = float((hit / (ranks + 1)).mean())
+    return values
+
+
+def recommend(parameters, config, histories, k, run=map):
+    """Return the k best unseen items for each history, as (items [c, k], scores [c, k]) a chunk, in order.
+
+    histories: list of integer arrays, oldest item first, none empty. Equal scores: lower item
+    number first. Where fewer than k items are unseen, the rest have score -inf.
+    """
+    lengths = np.array([len(h) for h in histories])
+    sequence, stops = np.concatenate(histories), np.cumsum(lengths)
+    rows = max(16, plan(get_array_module(parameters["item_embedding"])).loss_bytes // (4 * config.n_items))
+    k = min(k, config.n_items)
+
+    def best(chunk):
+        starts, ends = stops[chunk] - lengths[chunk], stops[chunk]
+        x = last_representations(parameters, config, sequence, starts, ends)
+        scores = to_host(candidate_scores(parameters, x, sequence, starts, ends, filter_seen=True))
+        order = np.argsort(-scores, axis=1, kind="stable")[:, :k]
+        return order, np.take_along_axis(scores, order, axis=1)
+
+    return run(best, chunks(len(histories), rows))

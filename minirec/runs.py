@@ -1,0 +1,285 @@
+"""The run folder: what a training run leaves behind, written so that no crash can damage it.
+
+    config.json      every setting, the log's path and fingerprint, versions
+    items.json       item names; their order is the model's numbering
+    metrics.jsonl    one line an epoch
+    checkpoint.npz   the parameters that did best on validation
+    state.npz        all that resuming needs
+
+Every file is written beside its final name, synced and renamed: it is the old one or the new one,
+never half of one. Files are data: nothing is unpickled, no path in a file but the log's is
+followed, and that only while the log's fingerprint still matches.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import zipfile
+from pathlib import Path
+
+import numpy as np
+
+from minirec import data, planted
+from minirec.errors import UserError
+from minirec.model import Config, parameter_count, parameter_shapes
+
+FILES = ("config.json", "items.json", "metrics.jsonl", "checkpoint.npz", "state.npz")
+RUNS = Path("runs")
+
+
+def write(path, fill):
+    """Write a file by fill(file): all of it, or, whatever happens, none."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            fill(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise UserError(f"{path}: cannot be written ({error.strerror or error})") from None
+    if hasattr(os, "O_DIRECTORY"):  # the rename itself must reach the disk too
+        folder = os.open(path.parent, os.O_DIRECTORY)
+        os.fsync(folder)
+        os.close(folder)
+
+
+def write_json(path, value):
+    """Write a JSON file; NaN and infinity are refused."""
+    text = json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+    write(path, lambda file: file.write(text.encode()))
+
+
+def write_json_lines(path, values):
+    """Write a file of one JSON object a line."""
+    text = "".join(json.dumps(value, allow_nan=False) + "\n" for value in values)
+    write(path, lambda file: file.write(text.encode()))
+
+
+def write_arrays(path, arrays):
+    """Write {name: array} as an npz file."""
+    write(path, lambda file: np.savez(file, **arrays))
+
+
+def read_json(path):
+    """Read a JSON file."""
+    try:
+        return json.loads(path.read_text("utf-8"))
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror or error})") from None
+    except ValueError as error:
+        raise UserError(f"{path}: not valid JSON ({error})") from None
+
+
+def read_json_lines(path):
+    """Read a file of one JSON object a line; a missing file is an empty one."""
+    if not path.exists():
+        return []
+    try:
+        return [json.loads(line) for line in path.read_text("utf-8").splitlines()]
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: not readable as JSON lines ({error})") from None
+
+
+def read_arrays(path):
+    """Read an npz file as {name: array}; an array that would need unpickling is refused."""
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            return {name: file[name] for name in file.files}
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file") from None
+    except (OSError, ValueError, EOFError, AttributeError, zipfile.BadZipFile) as error:
+        raise UserError(f"{path}: not a readable npz file ({str(error).splitlines()[0]})") from None
+
+
+# Folders
+
+
+def make_folder(folder):
+    """Create a folder where there is none."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be made a folder ({error.strerror or error})") from None
+
+
+def new_folder(log_name, attn):
+    """Return a path for a new run below runs/ that does not exist yet: LOG-ATTN-1, -2, ..."""
+    number = 1
+    while (path := RUNS / f"{log_name}-{attn}-{number}").exists():
+        number += 1
+    return path
+
+
+def newest_folder(command):
+    """Return the run below runs/ that was worked on last. Raises UserError where there is none."""
+    folders = [path.parent for path in RUNS.glob("*/config.json")]
+    if not folders:
+        raise UserError(f"no run in {RUNS}/ to {command}; make one with: python cli.py train")
+    return max(folders, key=lambda folder: max(f.stat().st_mtime_ns for f in folder.iterdir()))
+
+
+@contextlib.contextmanager
+def opened(folder, resume):
+    """Create a run folder, or take over an existing one, and hold it for as long as the context lasts.
+
+    Raises UserError where the folder holds something else, holds a state and resume is not asked
+    for, or is in use by another process.
+    """
+    make_folder(folder)
+    try:
+        strangers = sorted(
+            f.name for f in folder.iterdir() if f.name.removeprefix(".").removesuffix(".tmp") not in FILES
+        )
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be used as a run folder ({error.strerror or error})") from None
+    if strangers and not (folder / "config.json").exists():
+        raise UserError(f"{folder}: holds {strangers[0]} and no run; choose a new or empty folder")
+    with _locked(folder):
+        if (folder / "state.npz").exists() and not resume:
+            raise UserError(f"{folder}: holds a run already; add --resume to continue it, or choose another --out")
+        for stale in folder.glob(".*.tmp"):
+            stale.unlink()
+        yield folder
+
+
+@contextlib.contextmanager
+def _locked(folder):
+    try:
+        import fcntl
+    except ImportError:  # Windows has no flock; one process at a time is then up to the user
+        yield
+        return
+    handle = os.open(folder, os.O_RDONLY)  # a lock on the folder itself leaves no file behind
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(handle)
+        raise UserError(f"{folder}: in use by another process; wait for it, or choose another --out") from None
+    try:
+        yield
+    finally:
+        os.close(handle)
+
+
+# What is in one
+
+
+def load_log(source):
+    """Return (Log, fingerprint) for {"path", "format", "columns"}: a file, or a planted dataset's name."""
+    path = source["path"]
+    if path in planted.DATASETS and not os.path.exists(path):
+        log = planted.DATASETS[path]()
+        return log, log.sha256()
+    log = data.read_log(path, source.get("format"), source.get("columns"))
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return log, digest.hexdigest()
+
+
+def load_settings(folder):
+    """Return a run's config.json. Raises UserError where the folder is not a run."""
+    if not (folder / "config.json").exists():
+        raise UserError(f"{folder}: not a run folder (no config.json); python cli.py train makes one")
+    settings = read_json(folder / "config.json")
+    try:
+        model_config(settings)
+        for key in ("path", "sha256"):
+            if not isinstance(settings["data"][key], str):
+                raise TypeError(f"data {key}")
+    except (KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{folder / 'config.json'}: not a run's settings ({error})") from None
+    return settings
+
+
+def model_config(settings):
+    """Return the model's Config from a run's settings."""
+    return Config(**settings["model"])
+
+
+def load_parameters(folder, config, xp=np):
+    """Return the parameters in checkpoint.npz as {name: array} on module xp, names and shapes verified."""
+    path = folder / "checkpoint.npz"
+    arrays = read_arrays(path)
+    shapes = parameter_shapes(config)
+    for name in sorted(set(shapes) | set(arrays)):
+        if name not in arrays or name not in shapes:
+            raise UserError(
+                f"{path}: {name} is {'missing' if name in shapes else 'no parameter'}; config.json says otherwise"
+            )
+        if arrays[name].shape != shapes[name] or arrays[name].dtype != np.float32:
+            raise UserError(
+                f"{path}: {name} is {arrays[name].dtype} {arrays[name].shape}, expected float32 {shapes[name]}"
+            )
+    return {name: xp.asarray(arrays[name]) for name in shapes}
+
+
+def load_items(folder, config):
+    """Return the item names of a run, in the model's numbering."""
+    items = read_json(folder / "items.json")
+    if not isinstance(items, list) or len(items) != config.n_items or not all(isinstance(i, str) for i in items):
+        raise UserError(f"{folder / 'items.json'}: expected a list of {config.n_items} names")
+    return items
+
+
+def load_run_log(folder, settings, data_path=None):
+    """Return the Log that a run was trained on, read again.
+
+    data_path: where it lies now, if not where it was. Raises UserError where it is not the same log.
+    """
+    source = dict(settings["data"])
+    if data_path:
+        source["path"] = data_path
+    try:
+        log, sha256 = load_log(source)
+    except UserError as error:
+        raise UserError(f"{error}" if data_path else f"{error}; say where the log is now with --data") from None
+    if sha256 != source["sha256"]:
+        raise UserError(f"{source['path']}: not the log that {folder} was trained on; name that one with --data")
+    if log.items != load_items(folder, model_config(settings)):
+        raise UserError(f"{folder / 'items.json'}: its items are not those of {source['path']}")
+    return log
+
+
+STATE_SHAPES = {  # of the arrays in state.npz, given P parameters and S steps an epoch
+    "parameters": "P",
+    "first_moment": "P",
+    "second_moment": "P",
+    "losses": "S",  # of the current epoch's steps
+    "step": "",  # steps done in all
+    "seconds": "",  # spent in the current epoch's steps
+}
+
+
+def load_state(folder, settings, n_steps):
+    """Return the arrays of state.npz, or None where there is no state yet.
+
+    Raises UserError where the run has other settings than `settings`, or the state is damaged.
+    """
+    path = folder / "state.npz"
+    if not path.exists():
+        return None
+    before = load_settings(folder)
+    wanted, found = (fixed_settings(s) for s in (settings, before))
+    for name in wanted:
+        if wanted[name] != found.get(name):
+            raise UserError(
+                f"{folder}: was trained with {name} {found.get(name)}, not {wanted[name]}; resume it as it began"
+            )
+    state = read_arrays(path)
+    sizes = {"P": (parameter_count(model_config(settings)),), "S": (n_steps,), "": ()}
+    for name, size in STATE_SHAPES.items():
+        if name not in state or state[name].shape != sizes[size]:
+            raise UserError(f"{path}: {name} is missing or of the wrong shape; delete the file to start afresh")
+    return state
+
+
+def fixed_settings(settings):
+    """Return, as {name: value}, the settings that a run cannot change half-way."""
+    training = {name: settings["training"].get(name) for name in ("batch_size", "lr", "seed")}
+    return settings["model"] | training | {"log (SHA-256)": settings["data"]["sha256"]}

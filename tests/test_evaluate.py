@@ -1,0 +1,97 @@
+"""Ranks and metrics against a sort of the whole catalogue, and the traps of this field."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from minirec import data, evaluate, model
+from minirec.planted import household
+
+CONFIG = model.Config(n_items=200, hidden_size=8, max_length=10)
+
+
+@pytest.fixture(scope="module")
+def log():
+    return household()
+
+
+@pytest.fixture(scope="module")
+def parameters():
+    rng = np.random.default_rng(0)
+    return {name: rng.normal(0, 0.3, v.shape) for name, v in model.init_parameters(CONFIG, 0, np.float64).items()}
+
+
+def ranks_of(parameters, log, part="test", config=CONFIG, **options):
+    wanted = data.cases(log, data.leave_one_out(log), part)
+    return np.concatenate(list(evaluate.rank_targets(parameters, config, log.sequence, wanted, **options)))
+
+
+@pytest.mark.parametrize("part, back", [("test", 1), ("valid", 2)])
+@pytest.mark.parametrize("filter_seen", [True, False])
+def test_ranks_equal_those_of_a_sort(log, parameters, part, back, filter_seen):
+    found = ranks_of(parameters, log, part, filter_seen=filter_seen)
+    for user in range(0, len(log.users), 50):
+        history = log.history(user)
+        before, target = history[:-back], history[-back]
+        (x,) = model.encode(parameters, CONFIG, [before])
+        scores = parameters["item_embedding"] @ x[-1]
+        candidates = np.array([i for i in np.argsort(-scores) if not (filter_seen and i in before)])
+        if target in candidates:
+            assert found[user] == np.flatnonzero(candidates == target)[0]
+        else:
+            assert found[user] == evaluate.MISS
+
+
+def test_a_seen_target_is_a_miss_at_every_cutoff(log, parameters):
+    ranks = ranks_of(parameters, log)
+    wanted = data.cases(log, data.leave_one_out(log), "test")
+    seen = [log.sequence[b] in log.sequence[a:b] for a, b in zip(wanted.starts, wanted.stops)]
+    np.testing.assert_array_equal(ranks == evaluate.MISS, seen)
+    assert evaluate.metrics(ranks[seen])["HR@100"] == 0
+
+
+def test_ties_and_nan_never_favour_the_target(log, parameters):
+    constant = parameters | {"item_embedding": np.ones_like(parameters["item_embedding"])}
+    n_seen = [len(set(log.history(u)[:-1])) for u in range(len(log.users))]
+    ranks = ranks_of(constant, log)
+    hit = ranks != evaluate.MISS
+    np.testing.assert_array_equal(ranks[hit], 199 - np.array(n_seen)[hit])
+    broken = parameters | {"item_embedding": np.full_like(parameters["item_embedding"], np.nan)}
+    assert (ranks_of(broken, log) == evaluate.MISS).all()
+
+
+def test_substituted_weights_change_the_ranks(log, parameters):
+    before = ranks_of(parameters, log)
+    for attn in ("uniform", ("softmax", "identity")):
+        assert (ranks_of(parameters, log, config=replace(CONFIG, attn=attn)) != before).any()
+
+
+def test_metrics_of_known_ranks():
+    values = evaluate.metrics(np.array([0, 1, 9, 10, evaluate.MISS]))
+    assert values["HR@1"] == values["NDCG@1"] == values["MRR@1"] == pytest.approx(1 / 5)
+    assert values["HR@10"] == pytest.approx(3 / 5)
+    assert values["NDCG@10"] == pytest.approx((1 + 1 / np.log2(3) + 1 / np.log2(11)) / 5)
+    assert values["MRR@20"] == pytest.approx((1 + 1 / 2 + 1 / 10 + 1 / 11) / 5)
+
+
+@given(st.lists(st.integers(0, 300), min_size=1))
+def test_metrics_are_ordered(ranks):
+    values = evaluate.metrics(np.array(ranks))
+    for k in evaluate.CUTOFFS:
+        assert 0 <= values[f"MRR@{k}"] <= values[f"NDCG@{k}"] <= values[f"HR@{k}"] <= 1
+
+
+def test_recommendations_are_the_best_unseen_items(log, parameters):
+    histories = [log.history(u) for u in range(30)] + [np.arange(195)]
+    chunks = list(evaluate.recommend(parameters, CONFIG, histories, 7))
+    order, scores = (np.concatenate(parts) for parts in zip(*chunks))
+    for history, row, row_scores in zip(histories, order, scores):
+        (x,) = model.encode(parameters, CONFIG, [history])
+        expected = parameters["item_embedding"] @ x[-1]
+        expected[history] = -np.inf
+        np.testing.assert_array_equal(row, np.argsort(-expected, kind="stable")[:7])
+        np.testing.assert_allclose(row_scores, expected[row])
+    assert np.isneginf(scores[-1]).sum() == 2  # only five items are unseen
