@@ -1,0 +1,259 @@
+"""How much does attention mix positions? The norm-based decomposition, from the forward caches.
+
+Symbols: N tokens, D hidden size, H heads, K = D/H, L positions, g sequences in a group.
+
+What block input x_j contributes to the attention output at i (Kobayashi et al. 2020, 2021):
+
+    f_h(x_j) = (x_j W_v,h + b_v,h) W_o,h        F_ij = sum_h A_h[i,j] f_h(x_j)
+
+    ratio         parts                                keeps          mixes
+    attn          F_ij                                 F_ii           sum_{j != i} F_ij
+    attn_res      F_ij + delta_ij x_i                  F_ii + x_i     the same
+    attn_res_ln   g_i(F_ij + delta_ij x_i)             g_i(F_ii+x_i)  g_i of the rest
+
+with g_i(z) = (z - mean z) / sigma_i * gamma, sigma_i that of the real layer norm, so that
+    sum_j g_i(F_ij + delta_ij x_i) + g_i(b_o) + beta = the layer norm's output, exactly.
+Mixing ratio r_i = |mixes| / (|mixes| + |keeps|): vectors are summed first, norms taken last.
+It needs only the total and the diagonal, O(N D); no array [L, L, D] is ever built.
+"""
+
+import numpy as np
+
+from minirec.attention import from_heads, make_groups, to_heads
+from minirec.backend import get_array_module, plan, to_host
+from minirec.errors import UserError
+from minirec.model import below, forward, pack
+from minirec.workers import cut
+
+RATIOS = ("attn", "attn_res", "attn_res_ln")
+RECENT = 15  # positions in a heatmap
+TINY = 1e-30  # keeps 0/0 at 0
+
+
+def norms(x):
+    """Return the Euclidean norm of each last-axis vector of x."""
+    xp = get_array_module(x)
+    return xp.sqrt((x * x).sum(axis=-1))
+
+
+def through_layer_norm(z, layer_norm_cache):
+    """Return gamma (z - mean z), [..., D]: g_i(z) but for the 1/sigma_i."""
+    _, _, gamma, average = layer_norm_cache
+    return (z - z @ average) * gamma
+
+
+def keep_and_mix(cache, p, groups):
+    """Return F_ii and sum_{j != i} F_ij of one block, both [N, D].
+
+    cache: the block's forward cache; p: the parameters below "blocks.I."; groups of the batch.
+    The heads' outputs are split before W_o, so position 0, which sees only itself, mixes exactly 0.
+    """
+    xp = get_array_module(cache["x"])
+    mixed, _ = cache["o"]  # concat_h A_h v_h, [N, D]
+    kept = xp.empty_like(mixed)
+    for group, (_, _, v, a, _, _) in zip(groups, cache["attention"]):
+        from_heads(xp.diagonal(a, axis1=-2, axis2=-1)[..., None] * v, group, kept)  # A_h[i,i] v_h[i]
+    return kept @ p["attention.w_o"], (mixed - kept) @ p["attention.w_o"]
+
+
+def mixing_ratios(cache, p, groups):
+    """Return {ratio: [N]} of one block (see keep_and_mix)."""
+    xp = get_array_module(cache["x"])
+    keep, mix = keep_and_mix(cache, p, groups)
+    keep_res = keep + cache["x"]
+    parts = {
+        "attn": (keep, mix),
+        "attn_res": (keep_res, mix),
+        "attn_res_ln": (  # the 1/sigma_i cancels in the ratio
+            through_layer_norm(keep_res, cache["attention_norm"]),
+            through_layer_norm(mix, cache["attention_norm"]),
+        ),
+    }
+    ratios = {}
+    for name, (keeps, mixes) in parts.items():
+        mixes = norms(mixes)
+        ratios[name] = mixes / xp.maximum(mixes + norms(keeps), TINY)
+    return ratios
+
+
+def entropies(cache, groups):
+    """Return the entropy of each row of A over its largest possible value, log(i + 1), as [N, H].
+
+    Position 0 sees only itself; its 0/0 is 0 here and left out of every summary.
+    """
+    xp = get_array_module(cache["x"])
+    first_v = cache["attention"][0][2]
+    out = xp.empty((len(cache["x"]), first_v.shape[1]), first_v.dtype)
+    for group, (_, _, v, a, _, _) in zip(groups, cache["attention"]):
+        plogp = (a * xp.log(xp.where(a > 0, a, xp.ones_like(a)))).sum(axis=-1)  # [g, H, L] or [L]
+        possible = xp.log(xp.arange(1, group.length + 1, dtype=a.dtype))
+        entropy = -plogp / xp.maximum(possible, TINY)
+        from_heads(xp.broadcast_to(entropy, v.shape[:3])[..., None], group, out)
+    return out
+
+
+def contribution_norms(cache, p, group, place, recent=None):
+    """Return |g_i(F_ij + delta_ij x_i)| of one block and group: [g, n, n], query i, key j.
+
+    cache, p as in keep_and_mix; group: the place-th of the batch; recent: keep only the last n
+    positions, None = all L.
+    For one key j, F_ij lies in the span of H vectors t_h = gamma (f_h(x_j) - mean), and only the
+    weights A_h[i,j] depend on i. With T = [t_1 .. t_H] = Q R (Gram-Schmidt; Q orthonormal),
+        |sum_h A_h t_h| = |Q R A| = |R A|,
+    a vector of H numbers instead of D for each pair: O(L H^2 D + L^2 H^2), not O(L^2 H D).
+    """
+    xp = get_array_module(cache["x"])
+    _, _, v, a, _, _ = cache["attention"][place]
+    n_heads, length = v.shape[1], group.length
+    n = min(recent or length, length)
+    a = xp.broadcast_to(a, v.shape[:3] + (length,))[:, :, length - n :, length - n :]  # [g, H, n, n]
+    w_o = p["attention.w_o"].reshape(n_heads, -1, p["attention.w_o"].shape[1])  # [H, K, D]
+    f = v[:, :, length - n :] @ w_o  # f_h(x_j), [g, H, n, D]
+    t = through_layer_norm(f, cache["attention_norm"])
+    squares = 0
+    basis = []
+    for h in range(n_heads):  # row h of R A needs R[h, h'] = q_h . t_h' for h' >= h
+        q = t[:, h]
+        for earlier in basis:
+            q = q - earlier * (earlier * q).sum(axis=-1, keepdims=True)
+        q = q / xp.maximum(norms(q), TINY)[..., None]  # [g, n, D]
+        basis.append(q)
+        row = 0
+        for other in range(h, n_heads):
+            row = row + (q * t[:, other]).sum(axis=-1)[:, None, :] * a[:, other]  # [g, n, n]
+        squares = squares + row * row
+    sigma = to_heads(cache["attention_norm"][1], group, 1)[:, 0, length - n :]  # [g, n, 1]
+    result = xp.sqrt(squares) / sigma
+    x = to_heads(cache["x"], group, 1)[:, 0, length - n :]  # [g, n, D]
+    own = (xp.diagonal(a, axis1=-2, axis2=-1)[..., None] * f).sum(axis=1)  # F_ii, [g, n, D]
+    each = xp.arange(n)
+    result[:, each, each] = norms(through_layer_norm(own + x, cache["attention_norm"])) / sigma[..., 0]
+    return result
+
+
+def block_caches(parameters, config, sequence, starts, lengths):
+    """Run sequence[start : start + length] without dropout; return the Batch and the blocks' caches.
+
+    Groups are dense on every backend: the last positions of a group's sequences are then aligned.
+    """
+    xp = get_array_module(parameters["item_embedding"])
+    batch = pack(sequence, starts, lengths, xp, with_targets=False)
+    batch = batch._replace(groups=make_groups(batch.lengths, None, xp))
+    _, cache = forward(parameters, config, batch)
+    return batch, cache["blocks"]
+
+
+def decompose(parameters, config, sequences, run=map):
+    """Decompose every block at every position of the sequences.
+
+    sequences: list of 1-D integer arrays, oldest item first, none empty; the last max_length items of
+    each are used. run: a workers.worker_map. Returns a dict of host arrays; tokens [N] are in the
+    order given, sequence after sequence, oldest position first:
+        blocks      a list of {"attn", "attn_res", "attn_res_ln": [N], "entropy": [N, H],
+                    "attention", "contribution": [RECENT, RECENT]}, the last two being means over
+                    sequences, aligned at the LATEST position (the last row and column)
+        sequences   [N] the number of the sequence; positions [N] 0 = oldest kept; latest [N] bool
+    Raises UserError for an empty sequence or an item outside 0..V-1.
+    """
+    xp = get_array_module(parameters["item_embedding"])
+    if not len(sequences) or not all(len(s) for s in sequences):
+        raise UserError("decompose needs at least one sequence, and none empty")
+    sequences = [np.asarray(s)[-config.max_length :] for s in sequences]
+    flat, lengths = np.concatenate(sequences), np.array([len(s) for s in sequences])
+    if flat.dtype.kind not in "iu" or flat.min() < 0 or flat.max() >= config.n_items:
+        raise UserError(f"items must be integers in 0..{config.n_items - 1}")
+    offsets = np.cumsum(lengths) - lengths
+    positions = np.arange(len(flat)) - np.repeat(offsets, lengths)
+    dtype = parameters["item_embedding"].dtype
+    blocks = [
+        {name: np.empty(len(flat), dtype) for name in RATIOS}
+        | {"entropy": np.empty((len(flat), config.n_heads), dtype)}
+        | {name: np.zeros((RECENT, RECENT)) for name in ("attention", "contribution")}
+        for _ in range(config.n_blocks)
+    ]
+
+    def decompose_piece(piece):
+        batch, caches = block_caches(parameters, config, flat, offsets[piece], lengths[piece])
+        # Row r of the packed batch is row `rows[r]` of the tokens in the order given.
+        own = np.cumsum(batch.lengths) - batch.lengths
+        rows = np.arange(len(batch.items)) + np.repeat(offsets[piece][batch.order] - own, batch.lengths)
+        results = []
+        for i, cache in enumerate(caches):
+            p = below(parameters, f"blocks.{i}.")
+            values = mixing_ratios(cache, p, batch.groups) | {"entropy": entropies(cache, batch.groups)}
+            values = {name: to_host(value) for name, value in values.items()}
+            maps = {name: np.zeros((RECENT, RECENT)) for name in ("attention", "contribution")}
+            for place, group in enumerate(batch.groups):
+                n = min(RECENT, group.length)
+                recent = (slice(RECENT - n, None),) * 2
+                norm = contribution_norms(cache, p, group, place, RECENT)
+                a = cache["attention"][place][3]
+                a = xp.broadcast_to(a, (group.count, config.n_heads) + a.shape[-2:])[..., -n:, -n:]
+                maps["attention"][recent] += to_host(a.mean(axis=1).sum(axis=0))
+                maps["contribution"][recent] += to_host(norm.sum(axis=0))
+            results.append((values, maps))
+        return rows, results
+
+    for rows, results in run(decompose_piece, cut(lengths, 1, plan(xp).micro_batch_tokens)[0]):
+        for block, (values, maps) in zip(blocks, results):
+            for name, value in values.items():
+                block[name][rows] = value
+            for name, value in maps.items():
+                block[name] += value
+    # How many sequences reach back to each cell; keys after the query are no cells at all.
+    reach = np.array([(lengths >= RECENT - i).sum() for i in range(RECENT)])
+    seen = np.where(np.tri(RECENT, dtype=bool), reach[None, :], 0)
+    for block in blocks:
+        for name in ("attention", "contribution"):
+            block[name] = np.where(seen > 0, block[name] / np.maximum(seen, 1), np.nan)
+    return {
+        "blocks": blocks,
+        "sequences": np.repeat(np.arange(len(lengths)), lengths),
+        "positions": positions,
+        "latest": positions == np.repeat(lengths, lengths) - 1,
+    }
+
+
+def describe(values):
+    """Return {"mean", "median", "std", "n"} of an array; std divides by n; None where n = 0."""
+    if not values.size:
+        return {"mean": None, "median": None, "std": None, "n": 0}
+    values = values.astype(np.float64)
+    return {
+        "mean": float(values.mean()),
+        "median": float(np.median(values)),
+        "std": float(values.std()),
+        "n": int(values.size),
+    }
+
+
+def summarise(result):
+    """Summarise decompose's result: per block, and over all blocks at three choices of positions.
+
+    all: every valid position (the paper's figure); without_first: without position 0, whose ratio
+    is 0 by construction; latest: the position that predicts. Entropy never counts position 0.
+    """
+    first = result["positions"] == 0
+
+    def over(blocks, chosen):
+        summary = {name: describe(np.concatenate([b[name][chosen] for b in blocks])) for name in RATIOS}
+        entropy = np.concatenate([b["entropy"][chosen & ~first] for b in blocks])
+        return summary | {"entropy": describe(entropy)}
+
+    everywhere = np.ones_like(first)
+    return {
+        "blocks": [over([block], everywhere) for block in result["blocks"]],
+        "all": over(result["blocks"], everywhere),
+        "without_first": over(result["blocks"], ~first),
+        "latest": over(result["blocks"], result["latest"]),
+    }
+
+
+def contributions(parameters, config, sequence):
+    """Return |g_i(F_ij + delta_ij x_i)| of one sequence, as a list of [L, L] host arrays, one a block."""
+    sequence = np.asarray(sequence)[-config.max_length :]
+    batch, caches = block_caches(parameters, config, sequence, np.array([0]), np.array([len(sequence)]))
+    return [
+        to_host(contribution_norms(cache, below(parameters, f"blocks.{i}."), batch.groups[0], 0)[0])
+        for i, cache in enumerate(caches)
+    ]

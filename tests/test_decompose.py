@@ -1,0 +1,149 @@
+"""The decomposition against one that builds every F_ij, and the identity that makes it one."""
+
+import numpy as np
+import pytest
+
+from minirec import gradcheck, model
+from minirec.attention import WEIGHTINGS
+from minirec.decompose import RATIOS, RECENT, block_caches, contributions, decompose, summarise
+from minirec.errors import UserError
+from minirec.ops import LAYER_NORM_EPS
+
+
+def naive_block(x, a, p, n_heads):
+    """All parts of one block and sequence by the definition: F and g_i(F_ij + delta_ij x_i), [L, L, D].
+
+    x [L, D] block input, a [H, L, L] weights, p the block's parameters.
+    """
+    length, d = x.shape
+    parts = np.zeros((length, length, d))
+    for h in range(n_heads):
+        c = slice(h * d // n_heads, (h + 1) * d // n_heads)
+        f = (x @ p["attention.w_v"][:, c] + p["attention.b_v"][c]) @ p["attention.w_o"][c]  # [L, D]
+        parts += a[h][:, :, None] * f[None]
+    with_residual = parts + np.eye(length)[:, :, None] * x[None]
+    total = with_residual.sum(axis=1) + p["attention.b_o"]  # the real row before the layer norm
+    sigma = np.sqrt(total.var(axis=1) + LAYER_NORM_EPS)[:, None, None]
+
+    def g(z):
+        return (z - z.mean(axis=-1, keepdims=True)) / sigma * p["attention_norm.gamma"]
+
+    return parts, with_residual, g(with_residual), g(np.broadcast_to(p["attention.b_o"], parts.shape))[:, 0]
+
+
+def naive_ratios(parts):
+    """|sum of the others| / (|sum of the others| + |own|) for parts [L, L, D]."""
+    own = np.einsum("iid->id", parts)
+    mix, keep = (np.linalg.norm(z, axis=-1) for z in (parts.sum(axis=1) - own, own))
+    return mix / (mix + keep)
+
+
+@pytest.fixture(params=[*WEIGHTINGS, ("uniform", "softmax")], ids=str)
+def example(request):
+    return gradcheck.example(request.param)
+
+
+def naive_model(config, parameters, sequence):
+    """naive_block of every block, from the forward caches of one sequence."""
+    sequence = sequence[-config.max_length :]
+    batch, caches = block_caches(parameters, config, sequence, np.array([0]), np.array([len(sequence)]))
+    for i, cache in enumerate(caches):
+        a = cache["attention"][0][3]
+        a = np.broadcast_to(a, (1, config.n_heads) + a.shape[-2:])[0]
+        p = model.below(parameters, f"blocks.{i}.")
+        normed, _, gamma, _ = cache["attention_norm"]
+        yield naive_block(cache["x"], a, p, config.n_heads), normed * gamma + p["attention_norm.beta"], a, p
+
+
+def test_parts_and_biases_sum_to_the_layer_norm_output(example):
+    config, parameters, sequences = example
+    for sequence in sequences:
+        for (_, _, parts, bias), output, _, p in naive_model(config, parameters, sequence):
+            total = parts.sum(axis=1) + bias + p["attention_norm.beta"]
+            assert np.abs(total - output).max() < 1e-12
+
+
+def test_ratios_and_entropy_equal_the_naive_ones(example):
+    config, parameters, sequences = example
+    result = decompose(parameters, config, sequences)
+    for number, sequence in enumerate(sequences):
+        rows = result["sequences"] == number
+        assert list(result["positions"][rows]) == list(range(min(len(sequence), config.max_length)))
+        for block, (parts, _, a, _) in zip(result["blocks"], naive_model(config, parameters, sequence)):
+            for name, part in zip(RATIOS, parts):
+                np.testing.assert_allclose(block[name][rows], naive_ratios(part), atol=1e-12)
+            for i in range(1, a.shape[1]):
+                row = a[:, i, : i + 1]
+                entropy = -np.where(row > 0, row * np.log(np.maximum(row, 1e-300)), 0).sum(axis=1) / np.log(i + 1)
+                np.testing.assert_allclose(block["entropy"][rows][i], entropy, atol=1e-12)
+
+
+def test_contribution_norms_equal_the_naive_ones(example):
+    config, parameters, sequences = example
+    for sequence in sequences:
+        found = contributions(parameters, config, sequence)
+        for norms, ((_, _, parts, _), *_) in zip(found, naive_model(config, parameters, sequence)):
+            np.testing.assert_allclose(norms, np.linalg.norm(parts, axis=-1), atol=1e-12)
+
+
+def test_heatmaps_are_means_aligned_at_the_latest_position(example):
+    config, parameters, sequences = example
+    result = decompose(parameters, config, sequences)
+    for i, block in enumerate(result["blocks"]):
+        stacked = {name: np.full((len(sequences), RECENT, RECENT), np.nan) for name in ("attention", "contribution")}
+        for number, sequence in enumerate(sequences):
+            (_, _, parts, _), _, a, _ = list(naive_model(config, parameters, sequence))[i]
+            n = len(parts)
+            visible = np.tri(n, dtype=bool)
+            stacked["attention"][number, -n:, -n:] = np.where(visible, a.mean(axis=0), np.nan)
+            stacked["contribution"][number, -n:, -n:] = np.where(visible, np.linalg.norm(parts, axis=-1), np.nan)
+        for name, values in stacked.items():
+            expected = np.full((RECENT, RECENT), np.nan)
+            reached = ~np.isnan(values).all(axis=0)
+            expected[reached] = np.nanmean(values[:, reached], axis=0)
+            np.testing.assert_allclose(block[name], expected, atol=1e-12)
+
+
+def test_the_first_position_mixes_nothing_at_all(example):
+    config, parameters, sequences = example
+    result = decompose(parameters, config, sequences)
+    for block in result["blocks"]:
+        for name in RATIOS:
+            assert (block[name][result["positions"] == 0] == 0).all()
+
+
+def test_identity_weighting_mixes_nothing_and_uniform_has_full_entropy():
+    for attn, ratio, entropy in (("identity", 0, 0), ("uniform", None, 1)):
+        config, parameters, sequences = gradcheck.example(attn)
+        summary = summarise(decompose(parameters, config, sequences))
+        assert summary["all"]["entropy"]["mean"] == pytest.approx(entropy, abs=1e-12)
+        assert ratio is None or summary["all"]["attn_res_ln"]["mean"] == ratio
+
+
+def test_aggregates_choose_the_positions_they_name():
+    config, parameters, sequences = gradcheck.example("softmax")
+    result = decompose(parameters, config, sequences)
+    summary = summarise(result)
+    n = len(result["positions"])
+    assert [block["attn"]["n"] for block in summary["blocks"]] == [n, n]
+    assert summary["all"]["attn"]["n"] == 2 * n
+    assert summary["without_first"]["attn"]["n"] == 2 * (n - len(sequences))
+    assert summary["latest"]["attn"]["n"] == 2 * len(sequences)
+    assert summary["all"]["entropy"]["n"] == 2 * config.n_heads * (n - len(sequences))
+    both = np.concatenate([block["attn_res_ln"] for block in result["blocks"]])
+    assert summary["all"]["attn_res_ln"]["std"] == pytest.approx(both.std())
+    assert summary["all"]["attn_res_ln"]["median"] == pytest.approx(np.median(both))
+
+
+def test_one_item_histories_have_no_entropy_and_no_nan():
+    config, parameters, _ = gradcheck.example("softmax")
+    summary = summarise(decompose(parameters, config, [np.array([3])]))
+    assert summary["all"]["entropy"] == {"mean": None, "median": None, "std": None, "n": 0}
+    assert summary["without_first"]["attn"]["n"] == 0
+
+
+@pytest.mark.parametrize("sequences", [[], [np.array([], int)], [np.array([99])]])
+def test_what_cannot_be_decomposed_is_refused(sequences):
+    config, parameters, _ = gradcheck.example("softmax")
+    with pytest.raises(UserError):
+        decompose(parameters, config, sequences)
