@@ -1,0 +1,516 @@
+"""The command line of minirec: options and printing, no maths. `python cli.py --help` shows the way."""
+
+import csv
+import difflib
+import io
+import json
+import math
+import platform
+import re
+import signal
+import sys
+import threading
+import time
+from contextlib import contextmanager
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import click
+import numpy as np
+from click.core import ParameterSource
+
+import minirec
+from minirec import backend, runs
+from minirec import gradcheck as checking
+from minirec.attention import WEIGHTINGS
+from minirec.data import FORMATS, cases, leave_one_out
+from minirec.decompose import RATIOS, contributions, summarise
+from minirec.decompose import decompose as decompose_sequences
+from minirec.errors import UserError
+from minirec.evaluate import CUTOFFS, MISS, metrics, rank_targets
+from minirec.evaluate import recommend as recommend_items
+from minirec.model import Config
+from minirec.train import SELECTED_BY, best
+from minirec.train import train as train_model
+from minirec.workers import usable_cores, worker_map
+
+DEFAULT_DATA = "household"
+TRAINING_OPTIONS = ("epochs", "batch_size", "lr", "patience", "seed", "backend")
+INTERRUPTED = 130  # the shell's exit status after Ctrl-C
+
+
+class Number(click.FloatRange):
+    """A range that NaN and infinity lie outside of; click's own lets NaN through."""
+
+    def convert(self, value, param, ctx):
+        number = super().convert(value, param, ctx)
+        if not math.isfinite(number):
+            self.fail(f"{value} is not a finite number.", param, ctx)
+        return number
+
+
+class Commands(click.Group):
+    """A group whose commands end in one line for whatever a person can mend, never in a traceback."""
+
+    def invoke(self, ctx):
+        try:
+            return super().invoke(ctx)
+        except UserError as error:
+            raise click.ClickException(str(error)) from None
+        except MemoryError:
+            raise click.ClickException("out of memory; try a smaller --batch-size, --max-length or --hidden") from None
+        except KeyboardInterrupt:
+            say("stopped")
+            ctx.exit(INTERRUPTED)
+
+
+def say(text):
+    """Print to stderr, where progress and remarks go: stdout is for results."""
+    click.echo(text, err=True)
+
+
+def say_json(value):
+    """Print the one JSON object that --json promises."""
+    click.echo(json.dumps(value, ensure_ascii=False, allow_nan=False))
+
+
+def comma_list(text):
+    return tuple(part.strip() for part in text.split(",")) if text else None
+
+
+@contextmanager
+def progress(label, length):
+    """Yield update(n, text), which moves a bar on stderr; without a terminal nothing is drawn."""
+    if not sys.stderr.isatty():
+        yield lambda n, text=None: None
+        return
+    with click.progressbar(length=length, label=label, file=sys.stderr, item_show_func=lambda text: text) as bar:
+        yield bar.update
+
+
+def run_argument(command):
+    return click.argument("run", required=False, type=click.Path(path_type=Path))(command)
+
+
+data_option = click.option("--data", help="Where the run's log lies now, if it was moved.")
+backend_option = click.option("--backend", type=click.Choice(backend.BACKENDS), default="numpy", show_default=True)
+workers_option = click.option("--workers", type=click.IntRange(min=1), help="Threads [default: all usable cores].")
+json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object, nothing else, on stdout.")
+
+
+class Run:
+    """A finished run as the commands need it: settings, log, parameters. Nothing is read before it is used."""
+
+    def __init__(self, folder, command, backend_name="numpy", data=None):
+        self.folder = folder or runs.newest_folder(command)
+        if not folder:
+            say(f"run {self.folder}")
+        self.settings = runs.load_settings(self.folder)
+        self.config = runs.model_config(self.settings)
+        self.xp = backend.load(backend_name)
+        self.parameters = runs.load_parameters(self.folder, self.config, self.xp)
+        self.data = data
+
+    def log(self):
+        return runs.load_run_log(self.folder, self.settings, self.data)
+
+    def items(self):
+        return runs.load_items(self.folder, self.config)
+
+
+@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(minirec.__version__, prog_name="minirec")
+def main():
+    """SASRec in plain NumPy/CuPy: is learned attention weighting needed, on your data?
+
+    \b
+    python cli.py train                     train on the embedded dataset
+    python cli.py evaluate --attn uniform   the same model with its attention replaced by an average
+    python cli.py decompose                 how much does it mix positions?
+    """
+
+
+@main.command()
+@click.option("--data", default=DEFAULT_DATA, show_default=True, help="A log of interactions, or the embedded dataset.")
+@click.option("--format", type=click.Choice(FORMATS), help="The log's format [default: recognised from its content].")
+@click.option("--columns", metavar="USER,ITEM[,TIME]", help="Its columns, where their names are not recognised.")
+@backend_option
+@click.option(
+    "--attn", type=click.Choice(WEIGHTINGS), default="softmax", show_default=True, help="Attention weighting."
+)
+@click.option("--epochs", type=click.IntRange(min=1), default=200, show_default=True, help="At most so many.")
+@click.option("--batch-size", type=click.IntRange(min=1), default=128, show_default=True, help="Sequences a step.")
+@click.option("--max-length", type=click.IntRange(min=1), default=50, show_default=True, help="Latest items kept.")
+@click.option("--hidden", type=click.IntRange(min=1), default=64, show_default=True, help="Hidden size D.")
+@click.option("--blocks", type=click.IntRange(min=1), default=2, show_default=True)
+@click.option("--heads", type=click.IntRange(min=1), default=2, show_default=True, help="They divide --hidden.")
+@click.option("--dropout", type=Number(0, 1, max_open=True), default=0.5, show_default=True)
+@click.option("--lr", type=Number(0, min_open=True), default=1e-3, show_default=True, help="Learning rate of Adam.")
+@click.option("--patience", type=click.IntRange(min=1), default=10, show_default=True, help="Epochs without a gain.")
+@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True)
+@workers_option
+@click.option("--out", type=click.Path(path_type=Path), help="The run folder [default: a new one below runs/].")
+@click.option("--resume", is_flag=True, help="Go on with a run that was stopped: --out, or the newest.")
+@json_option
+@click.pass_context
+def train(ctx, out, resume, as_json, **options):
+    """Train a model; the epoch that is best on validation is kept.
+
+    \b
+    python cli.py train --data ratings.csv --attn uniform
+    """
+    began = time.perf_counter()
+    folder = out or (runs.newest_folder("resume") if resume else None)
+    if resume and (folder / "config.json").exists():
+        _take_over(ctx, options, runs.load_settings(folder))
+    source = {"path": options["data"], "format": options["format"], "columns": comma_list(options["columns"])}
+    log, sha256 = runs.load_log(source)
+    sizes = (options[name] for name in ("hidden", "blocks", "heads", "max_length", "dropout", "attn"))
+    config = Config(len(log.items), *sizes)
+    workers = options["workers"] or usable_cores()
+    settings = {
+        "data": source | {"sha256": sha256},
+        "model": asdict(config),
+        "training": {name: options[name] for name in TRAINING_OPTIONS} | {"workers": workers},
+        "versions": {"minirec": minirec.__version__, "python": platform.python_version(), "numpy": np.__version__},
+    }
+    folder = folder or runs.new_folder(log_name(options["data"]), config.attn)
+    n_training_only = leave_one_out(log).n_training_only
+    say(f"{options['data']}: {len(log.users):,} users, {len(log.items):,} items, {len(log.sequence):,} interactions")
+    if n_training_only:
+        say(f"{n_training_only:,} users with fewer than 3 interactions are kept for training only")
+    say(f"{config.attn} attention, {config.n_blocks} blocks, D = {config.hidden_size} -> {folder}")
+
+    with interruptible() as asked_to_stop:
+        records, complete = _train_with_progress(log, settings, folder, resume, asked_to_stop)
+    if not complete:
+        say(f"stopped; go on with: python cli.py train --resume --out {folder}")
+        ctx.exit(INTERRUPTED)
+
+    chosen = best(records)
+    test = _evaluate(Run(folder, "train", options["backend"]), log, config, "test", True, workers)
+    say(f"{time.perf_counter() - began:.0f} s; kept epoch {chosen['epoch']} of {len(records)}, the best on validation")
+    if as_json:
+        totals = {name: sum(record[name] for record in records) for name in ("steps", "train_seconds")}
+        valid = {name: value for name, value in chosen.items() if "@" in name}
+        result = {"run": str(folder), "epochs": len(records), "best_epoch": chosen["epoch"], "loss": chosen["loss"]}
+        say_json(result | totals | {"valid": valid, "test": test})
+    else:
+        click.echo(metrics_table(test, f"test, {config.attn}"))
+        say("next: python cli.py evaluate --attn uniform; python cli.py decompose; python cli.py recommend")
+
+
+def _take_over(ctx, options, settings):
+    """Set the options that were not given on the command line to what a run was started with."""
+    model, data = settings["model"], settings["data"]
+    before = settings["training"] | {
+        "data": data["path"],
+        "format": data.get("format"),
+        "columns": ",".join(data.get("columns") or ()) or None,
+        "hidden": model["hidden_size"],
+        "blocks": model["n_blocks"],
+        "heads": model["n_heads"],
+        "max_length": model["max_length"],
+        "dropout": model["dropout"],
+        "attn": model["attn"],
+    }
+    for name in options:
+        if ctx.get_parameter_source(name) is ParameterSource.DEFAULT and name != "workers":
+            options[name] = before[name]
+
+
+def log_name(path):
+    """Return a short name for a log, fit for a folder."""
+    return re.sub(r"[^\w-]", "_", Path(path).name.split(".")[0]) or "log"
+
+
+@contextmanager
+def interruptible():
+    """Yield an event that the first Ctrl-C sets; a second one interrupts at once."""
+    asked_to_stop = threading.Event()
+
+    def on_signal(*_):
+        if asked_to_stop.is_set():
+            raise KeyboardInterrupt
+        asked_to_stop.set()
+        say("\nstopping after this step; press Ctrl-C again to stop at once")
+
+    before = signal.signal(signal.SIGINT, on_signal)
+    try:
+        yield asked_to_stop
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def _train_with_progress(log, settings, folder, resume, asked_to_stop):
+    """Train under a bar that shows epoch, loss, validation and speed; without a terminal, a line an epoch."""
+    epochs, shown, records = settings["training"]["epochs"], {"at": time.perf_counter(), "steps": 0}, []
+    terminal = sys.stderr.isatty()
+    with progress("training", epochs) as update:
+
+        def on_step(epoch, i, n_steps, loss):
+            now = time.perf_counter()
+            shown["steps"] += 1
+            if terminal and now - shown["at"] > 0.5:  # reading the loss waits for a GPU: not at every step
+                speed = shown["steps"] / (now - shown["at"])
+                valid = f", valid {SELECTED_BY} {best(records)[SELECTED_BY]:.4f}" if records else ""
+                update(0, f"epoch {epoch} step {i}/{n_steps} loss {float(loss):.3f}{valid}, {speed:.0f} steps/s")
+                shown.update(at=now, steps=0)
+
+        def on_epoch(record):
+            records.append(record)
+            if terminal:
+                update(1)
+            else:
+                say(
+                    f"epoch {record['epoch']:3d}  loss {record['loss']:.4f}  valid HR@10 {record['HR@10']:.4f} "
+                    f"{SELECTED_BY} {record[SELECTED_BY]:.4f}  {record['train_seconds']:.1f} s"
+                )
+
+        return train_model(log, settings, folder, resume, on_step, on_epoch, asked_to_stop.is_set)
+
+
+def _evaluate(run, log, config, part, filter_seen, workers):
+    """Return metrics of a run on one part of its log, and how many targets filter-seen makes impossible."""
+    wanted = cases(log, leave_one_out(log), part)
+    ranks = []
+    with worker_map(workers or usable_cores(), run.xp) as run_map, progress("ranking", len(wanted.users)) as update:
+        for chunk in rank_targets(run.parameters, config, log.sequence, wanted, filter_seen, run_map):
+            ranks.append(chunk)
+            update(len(chunk))
+    ranks = np.concatenate(ranks)
+    return {"split": part} | metrics(ranks) | {"users": len(ranks), "unreachable": int((ranks >= MISS).sum())}
+
+
+def metrics_table(values, title):
+    """Return the metrics as lines of text, a row a cutoff."""
+    lines = [f"{title:>22}  " + "".join(f"{name:>9}" for name in ("HR", "NDCG", "MRR"))]
+    for k in CUTOFFS:
+        lines.append(
+            f"{'@' + str(k):>22}  " + "".join(f"{values[f'{name}@{k}']:9.4f}" for name in ("HR", "NDCG", "MRR"))
+        )
+    return "\n".join(lines)
+
+
+@main.command()
+@run_argument
+@data_option
+@click.option("--split", type=click.Choice(["valid", "test"]), default="test", show_default=True)
+@click.option("--filter-seen/--no-filter-seen", default=True, help="Rank only items that the user has not had.")
+@click.option("--attn", type=click.Choice(WEIGHTINGS), help="Replace the trained weighting.")
+@click.option("--attn-blocks", metavar="I,J", help="Replace it in these blocks only; 0 is the first.")
+@backend_option
+@workers_option
+@json_option
+def evaluate(run, data, split, filter_seen, attn, attn_blocks, backend, workers, as_json):
+    """Rank every item for every user: HR, NDCG and MRR, unsampled.
+
+    \b
+    python cli.py evaluate runs/household-softmax-1 --attn uniform --attn-blocks 1
+    """
+    if attn_blocks and not attn:
+        raise click.UsageError("--attn-blocks says where; --attn must say what to put there.")
+    run = Run(run, "evaluate", backend, data)
+    config = run.config
+    if attn:
+        config = replace(config, attn=_substitute(config, attn, attn_blocks))
+    result = _evaluate(run, run.log(), config, split, filter_seen, workers)
+    weightings = config.weightings if len(set(config.weightings)) > 1 else config.weightings[:1]
+    if result["unreachable"]:
+        say(
+            f"{result['unreachable']:,} of {result['users']:,} targets are items the user had before: "
+            "with --filter-seen they cannot be hit and count as misses"
+        )
+    if as_json:
+        say_json(result | {"attn": list(config.weightings), "filter_seen": filter_seen})
+    else:
+        click.echo(metrics_table(result, f"{split}, {'+'.join(weightings)}"))
+
+
+def _substitute(config, attn, attn_blocks):
+    """Return the weightings of all blocks with `attn` in the blocks named "0,1", or everywhere."""
+    if attn_blocks is None:
+        return (attn,) * config.n_blocks
+    weightings = list(config.weightings)
+    for text in comma_list(attn_blocks):
+        if not text.isdecimal() or int(text) >= config.n_blocks:
+            raise click.UsageError(f"--attn-blocks: {text!r} is no block; this run has 0 to {config.n_blocks - 1}.")
+        weightings[int(text)] = attn
+    return tuple(weightings)
+
+
+@main.command()
+@run_argument
+@data_option
+@click.option("--out", type=click.Path(path_type=Path), help="Write decomposition.npz and heatmaps to this folder.")
+@backend_option
+@workers_option
+@json_option
+def decompose(run, data, out, backend, workers, as_json):
+    """How much does each attention block mix positions, and how much does it preserve its own?
+
+    The ratio is |mixed| / (|mixed| + |kept|) over the test users' histories: 0 keeps each position as
+    it is, 1 replaces it by the others. Shown for the attention output alone (Attn), with the residual
+    (AttnRes) and after the layer norm (AttnResLN, the paper's figure).
+    """
+    run = Run(run, "decompose", backend, data)
+    log = run.log()
+    wanted = cases(log, leave_one_out(log), "test")
+    histories = [log.sequence[a:b] for a, b in zip(wanted.starts, wanted.stops)]
+    with worker_map(workers or usable_cores(), run.xp) as run_map:
+        result = decompose_sequences(run.parameters, run.config, histories, run_map)
+    summary = summarise(result)
+    if out:
+        users = np.array([log.users[u] for u in wanted.users])
+        _write_decomposition(out, result, users)
+    if as_json:
+        say_json(summary)
+        return
+    rows = [(f"block {i}", values) for i, values in enumerate(summary["blocks"])]
+    rows += [(name.replace("_", " "), summary[name]) for name in ("all", "without_first", "latest")]
+    names = {"attn": "Attn", "attn_res": "AttnRes", "attn_res_ln": "AttnResLN", "entropy": "entropy of A"}
+    click.echo(f"{'mean (median)':>14}" + "".join(f"{name:>18}" for name in names.values()))
+    for title, values in rows:
+        cells = (values[name] for name in names)
+        texts = (f"{v['mean']:.3f} ({v['median']:.3f})" if v["n"] else "-" for v in cells)
+        click.echo(f"{title:>14}" + "".join(f"{text:>18}" for text in texts))
+
+
+def _write_decomposition(folder, result, users):
+    """Write decomposition.npz and, where matplotlib is there, heatmaps.png."""
+    from minirec import figures
+
+    runs.make_folder(folder)
+    arrays = {"users": users[result["sequences"]], "positions": result["positions"]}
+    for i, block in enumerate(result["blocks"]):
+        arrays |= {f"blocks.{i}.{name}": block[name] for name in (*RATIOS, "entropy", "attention", "contribution")}
+    runs.write_arrays(folder / "decomposition.npz", arrays)
+    say(f"wrote {folder / 'decomposition.npz'}")
+    try:
+        figures.heatmaps(result, folder / "heatmaps.png")
+        say(f"wrote {folder / 'heatmaps.png'}")
+    except ImportError:
+        say("no heatmaps: they need matplotlib; pip install 'minirec[study]'")
+
+
+@main.command()
+@run_argument
+@data_option
+@click.option("--user", help="A user of the log [default: its first].")
+@click.option("--history", metavar="A,B,C", help="Item ids, oldest first, instead of a user.")
+@click.option("--all", "everyone", is_flag=True, help="All users of the log; needs --out.")
+@click.option("--top", type=click.IntRange(min=1), default=10, show_default=True, help="How many items.")
+@click.option("--explain", is_flag=True, help="Show which history items the prediction is made of.")
+@click.option("--out", type=click.Path(path_type=Path, dir_okay=False), help="The CSV file for --all.")
+@backend_option
+@workers_option
+def recommend(run, data, user, history, everyone, top, explain, out, backend, workers):
+    """Name the items that a user has not had and that the model ranks highest.
+
+    \b
+    python cli.py recommend --history "item 3,item 17" --explain
+    python cli.py recommend --all --out recommendations.csv
+    """
+    if sum(map(bool, (user is not None, history is not None, everyone))) > 1:
+        raise click.UsageError("choose one of --user, --history and --all.")
+    if everyone != bool(out):
+        raise click.UsageError("--all and --out FILE.csv go together.")
+    if everyone and explain:
+        raise click.UsageError("--explain is for one history, not for --all.")
+    run = Run(run, "recommend", backend, data)
+    items = run.items()
+    if everyone:
+        _recommend_all(run, items, top, out, workers)
+        return
+    if history is not None:
+        sequence = _known_items(history, items)
+    else:
+        log = run.log()
+        user = log.users[0] if user is None else user
+        if user not in log.users:
+            near = difflib.get_close_matches(user, log.users, 1)
+            raise UserError(
+                f"no user {user!r} in {run.settings['data']['path']}" + (f"; did you mean {near[0]!r}?" if near else "")
+            )
+        sequence = log.history(log.users.index(user))
+        say(f"user {user}, {len(sequence)} items")
+    ((order, scores),) = recommend_items(run.parameters, run.config, [sequence], top)
+    for rank, (item, score) in enumerate(zip(order[0], scores[0]), 1):
+        if score > -np.inf:
+            click.echo(f"{rank:4d}  {items[item]:<30} {score:8.3f}")
+    if explain:
+        _explain(run, sequence, items)
+
+
+def _known_items(history, items):
+    """Return the item numbers of a history "a,b,c"; unknown ones are named and skipped."""
+    numbers = {name: i for i, name in enumerate(items)}
+    names = comma_list(history) or ()
+    unknown = [name for name in names if name not in numbers]
+    known = np.array([numbers[name] for name in names if name in numbers], int)
+    if unknown and len(known):
+        say(f"skipped, not in the training log: {', '.join(unknown)}")
+    if not len(known):
+        near = difflib.get_close_matches(names[0], items, 1) if names else []
+        raise UserError(
+            f"--history: none of its items is in the training log: {history!r}; items look like {(near or items)[0]!r}"
+        )
+    return known
+
+
+def _explain(run, sequence, items, most=10):
+    """Print the AttnResLN contribution norms to the latest position, as shares a block."""
+    shares = [norms[-1] / norms[-1].sum() for norms in contributions(run.parameters, run.config, sequence)]
+    recent = sequence[-run.config.max_length :]
+    click.echo(f"\n{'share of the last position':<36}" + "".join(f"{'block ' + str(i):>9}" for i in range(len(shares))))
+    for j in sorted(range(len(recent)), key=lambda j: -sum(share[j] for share in shares))[:most]:
+        ago = len(recent) - 1 - j
+        name = f"{items[recent[j]]} ({ago} back)" if ago else f"{items[recent[j]]} (latest)"
+        click.echo(f"      {name:<30}" + "".join(f"{share[j]:9.1%}" for share in shares))
+
+
+def _recommend_all(run, items, top, out, workers):
+    """Write user,rank,item,score for every user of the log."""
+    log = run.log()
+    histories = [log.history(u) for u in range(len(log.users))]
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(("user", "rank", "item", "score"))
+    users = iter(log.users)
+    with worker_map(workers or usable_cores(), run.xp) as run_map, progress("recommending", len(histories)) as update:
+        for order, scores in recommend_items(run.parameters, run.config, histories, top, run_map):
+            for user, row, row_scores in zip(users, order, scores):
+                for rank, (item, score) in enumerate(zip(row, row_scores), 1):
+                    if score > -np.inf:
+                        writer.writerow((user, rank, items[item], f"{score:.4f}"))
+            update(len(order))
+    runs.write(out, lambda file: file.write(text.getvalue().encode()))
+    say(f"wrote {out}: {len(histories):,} users")
+
+
+@main.command()
+@click.option("--attn", type=click.Choice(WEIGHTINGS), help="One weighting [default: all three].")
+def gradcheck(attn):
+    """Compare every hand-derived gradient with central differences, in float64.
+
+    Each cell is max |difference| / max |gradient| of one parameter tensor. A gradient that is zero
+    by construction is checked absolutely, and marked 0+.
+    """
+    weightings = (attn,) if attn else WEIGHTINGS
+    results = {}
+    with progress("checking", len(weightings)) as update:
+        for weighting in weightings:
+            for name, error, relative in checking.check(weighting):
+                results.setdefault(name, []).append((error, relative))
+            update(1)
+    click.echo(f"{'parameter':<32}" + "".join(f"{w:>14}" for w in weightings))
+    for name, cells in results.items():
+        click.echo(f"{name:<32}" + "".join(f"{'' if relative else '0+':>5}{error:9.1e}" for error, relative in cells))
+    worst = max(error for cells in results.values() for error, _ in cells)
+    if not worst < checking.TOLERANCE:
+        raise UserError(f"a gradient is off by {worst:.1e}, more than {checking.TOLERANCE:.0e}")
+    click.echo(f"all below {checking.TOLERANCE:.0e}; the largest is {worst:.1e}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,207 @@
+"""The command line as a person or a script meets it: outputs, contracts, and one line for every mistake."""
+
+import csv
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+from conftest import ROOT, last_json, run_cli
+
+from minirec import runs
+from minirec.decompose import RATIOS
+from minirec.evaluate import CUTOFFS
+
+METRICS = {f"{name}@{k}" for name in ("HR", "NDCG", "MRR") for k in CUTOFFS}
+
+
+def log_file(folder, text="u1 a b c d\nu2 b c d a\nu3 c d a b\nu4 x y\n"):
+    path = folder / "log.txt"
+    path.write_text(text)
+    return path
+
+
+def test_train_json_holds_the_test_metrics_and_nothing_else_is_on_stdout(tmp_path):
+    process = run_cli("train", "--data", log_file(tmp_path), "--epochs", 2, "--json", cwd=tmp_path)
+    result = last_json(process)
+    assert result["epochs"] == 2 and METRICS <= set(result["test"]) and result["test"]["split"] == "test"
+    assert (tmp_path / result["run"] / "checkpoint.npz").exists()
+    assert "1 users with fewer than 3 interactions" in process.stderr
+    settings = json.loads((tmp_path / result["run"] / "config.json").read_text())
+    assert settings["model"]["n_items"] == 6 and settings["training"]["seed"] == 0
+
+
+def test_commands_without_a_run_take_the_newest(tmp_path):
+    for attn in ("softmax", "identity"):
+        run_cli("train", "--data", log_file(tmp_path), "--epochs", 1, "--attn", attn, cwd=tmp_path)
+    result = last_json(run_cli("evaluate", "--json", cwd=tmp_path))
+    assert result["attn"] == ["identity", "identity"]
+
+
+@pytest.mark.parametrize("command", ["evaluate", "decompose", "recommend"])
+def test_without_any_run_the_command_to_make_one_is_named(tmp_path, command):
+    process = run_cli(command, cwd=tmp_path)
+    assert process.returncode == 1 and "python cli.py train" in process.stderr
+
+
+def test_evaluate_json(trained):
+    result = last_json(run_cli("evaluate", trained, "--json", cwd=trained))
+    assert METRICS <= set(result) and result["split"] == "test" and result["users"] == 1500
+    other = last_json(run_cli("evaluate", trained, "--no-filter-seen", "--split", "valid", "--json", cwd=trained))
+    assert other["split"] == "valid" and other["unreachable"] == 0
+
+
+def test_evaluate_with_substituted_weights(trained):
+    found = {
+        blocks: last_json(run_cli("evaluate", trained, "--attn", "identity", *blocks, "--json", cwd=trained))
+        for blocks in ((), ("--attn-blocks", "0,1"), ("--attn-blocks", "1"))
+    }
+    assert found[()] == found["--attn-blocks", "0,1"]
+    assert found["--attn-blocks", "1"]["attn"] == ["softmax", "identity"]
+    assert found["--attn-blocks", "1"]["NDCG@100"] != found[()]["NDCG@100"]
+
+
+def test_decompose_json_and_files(trained, tmp_path):
+    process = run_cli("decompose", trained, "--json", "--out", tmp_path / "d", cwd=tmp_path)
+    result = last_json(process)
+    assert set(result) == {"blocks", "all", "without_first", "latest"} and len(result["blocks"]) == 2
+    for values in (*result["blocks"], result["all"], result["without_first"], result["latest"]):
+        assert set(values) == {*RATIOS, "entropy"}
+        assert all(set(v) == {"mean", "median", "std", "n"} for v in values.values())
+    with np.load(tmp_path / "d/decomposition.npz", allow_pickle=False) as arrays:
+        assert arrays["users"][0] == "account 0" and arrays["positions"][0] == 0
+        for i in (0, 1):
+            for name in RATIOS:
+                assert len(arrays[f"blocks.{i}.{name}"]) == len(arrays["users"]) == len(arrays["positions"])
+            mean = arrays[f"blocks.{i}.attn_res_ln"].mean()
+            assert mean == pytest.approx(result["blocks"][i]["attn_res_ln"]["mean"], rel=1e-5)
+    pictures = [f.name for f in (tmp_path / "d").glob("*.png")]
+    assert pictures == ["heatmaps.png"] or "matplotlib" in process.stderr
+
+
+def test_decompose_without_matplotlib_writes_the_numbers(trained, tmp_path):
+    (tmp_path / "matplotlib.py").write_text("raise ImportError")
+    environment = {"PYTHONPATH": str(tmp_path)}
+    process = run_cli("decompose", trained, "--out", tmp_path / "d", cwd=tmp_path, environment=environment)
+    assert process.returncode == 0 and "minirec[study]" in process.stderr
+    assert [f.name for f in (tmp_path / "d").iterdir()] == ["decomposition.npz"]
+
+
+def test_recommend_names_unseen_items(trained, tmp_path):
+    process = run_cli("recommend", trained, "--history", "item 3, item 7, atlantis", "--top", 5, cwd=tmp_path)
+    lines = process.stdout.splitlines()
+    assert len(lines) == 5 and "atlantis" in process.stderr
+    assert not any(f" {seen} " in line for line in lines for seen in ("item 3", "item 7"))
+    process = run_cli("recommend", trained, "--user", "account 5", "--explain", cwd=tmp_path)
+    assert "(latest)" in process.stdout and "%" in process.stdout
+
+
+def test_recommend_for_everyone(trained, tmp_path):
+    process = run_cli("recommend", trained, "--all", "--out", "all.csv", "--top", 3, cwd=tmp_path)
+    assert process.returncode == 0, process.stderr
+    with open(tmp_path / "all.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 4500 and rows[0]["user"] == "account 0" and rows[0]["rank"] == "1"
+
+
+def test_gradcheck_prints_every_tensor(tmp_path):
+    process = run_cli("gradcheck", "--attn", "softmax", cwd=tmp_path)
+    assert process.returncode == 0 and "all below 1e-06" in process.stdout
+    assert "blocks.1.attention.w_q" in process.stdout and "position_embedding" in process.stdout
+
+
+def test_ctrl_c_keeps_what_was_reached_and_resume_goes_on(tmp_path):
+    whole = run_cli("train", "--epochs", 4, "--out", "whole", cwd=tmp_path)
+    assert whole.returncode == 0
+    command = [sys.executable, str(ROOT / "cli.py"), "train", "--epochs", "4", "--out", "run", "--workers", "2"]
+    process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    while "epoch   1" not in process.stderr.readline():
+        pass
+    time.sleep(0.1)
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to the workers too
+    rest = process.communicate(timeout=60)[1]
+    assert process.returncode == 130, rest
+    assert "--resume" in rest and "Traceback" not in rest
+    assert sorted(f.name for f in (tmp_path / "run").iterdir()) == sorted(runs.FILES)
+    resumed = run_cli("train", "--resume", "--out", "run", cwd=tmp_path)
+    assert resumed.returncode == 0, resumed.stderr
+    for name in ("checkpoint.npz", "state.npz"):
+        first, second = (runs.read_arrays(tmp_path / folder / name) for folder in ("whole", "run"))
+        for key in set(first) - {"seconds"}:
+            np.testing.assert_array_equal(first[key], second[key])
+
+
+def test_a_killed_run_leaves_no_worker_and_no_lock(tmp_path):
+    command = [sys.executable, str(ROOT / "cli.py"), "train", "--out", "run", "--workers", "2"]
+    process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True)
+    while "epoch   1" not in process.stderr.readline():
+        pass
+    process.kill()
+    process.communicate(timeout=30)  # returns once the workers, too, have closed stderr
+    resumed = run_cli("train", "--resume", "--epochs", 3, "--out", "run", cwd=tmp_path)
+    assert resumed.returncode == 0, resumed.stderr
+
+
+MISTAKES = {
+    "missing log": (["train", "--data", "nowhere.txt"], 1, "nowhere.txt"),
+    "missing run": (["evaluate", "nowhere"], 1, "not a run folder"),
+    "folder without a run": (["decompose", "."], 1, "not a run folder"),
+    "heads": (["train", "--heads", 3], 1, "3 heads do not divide"),
+    "no epochs": (["train", "--epochs", 0], 2, "--epochs"),
+    "negative batch": (["train", "--batch-size", -1], 2, "--batch-size"),
+    "NaN rate": (["train", "--lr", "nan"], 2, "--lr"),
+    "infinite rate": (["train", "--lr", "inf"], 2, "--lr"),
+    "NaN dropout": (["train", "--dropout", "nan"], 2, "--dropout"),
+    "all dropped": (["train", "--dropout", 1], 2, "--dropout"),
+    "unknown weighting": (["train", "--attn", "linear"], 2, "softmax"),
+    "negative seed": (["train", "--seed", -1], 2, "--seed"),
+    "no GPU": (["train", "--backend", "cupy"], 1, "--backend numpy"),
+    "unknown columns": (["train", "--data", "log.txt", "--columns", "a,b"], 1, "no columns a, b"),
+    "out is a file": (["train", "--data", "log.txt", "--out", "log.txt"], 1, "log.txt"),
+    "attn-blocks without attn": (["evaluate", "RUN", "--attn-blocks", "0"], 2, "--attn"),
+    "no such block": (["evaluate", "RUN", "--attn", "uniform", "--attn-blocks", "2"], 2, "0 to 1"),
+    "another log": (["evaluate", "RUN", "--data", "log.txt"], 1, "not the log"),
+    "unknown user": (["recommend", "RUN", "--user", "account 9999"], 1, "did you mean 'account"),
+    "unknown history": (["recommend", "RUN", "--history", "a,b"], 1, "items look like"),
+    "empty history": (["recommend", "RUN", "--history", ""], 1, "--history"),
+    "two selections": (["recommend", "RUN", "--user", "a", "--all", "--out", "x.csv"], 2, "choose one"),
+    "all without out": (["recommend", "RUN", "--all"], 2, "--out"),
+    "out in no folder": (["recommend", "RUN", "--all", "--out", "no/x.csv"], 1, "no/x.csv"),
+}
+
+
+@pytest.mark.parametrize("arguments, status, message", MISTAKES.values(), ids=MISTAKES)
+def test_mistakes_end_in_one_line_and_write_nothing(tmp_path, trained, arguments, status, message):
+    log_file(tmp_path)
+    if arguments[-1] == "cupy" and shutil.which("nvidia-smi"):
+        pytest.skip("this machine may have a GPU")
+    process = run_cli(*(trained if a == "RUN" else a for a in arguments), cwd=tmp_path)
+    assert process.returncode == status, process.stderr
+    assert message in process.stderr and "Traceback" not in process.stderr
+    assert process.stdout == ""
+    assert "Error: " in process.stderr.splitlines()[-1]
+    assert [f.name for f in tmp_path.iterdir()] == ["log.txt"]
+
+
+def test_a_moved_log_is_asked_for_and_found_again(tmp_path):
+    path = log_file(tmp_path)
+    run_cli("train", "--data", path, "--epochs", 1, "--out", "run", cwd=tmp_path)
+    path.rename(tmp_path / "moved.txt")
+    process = run_cli("evaluate", "run", cwd=tmp_path)
+    assert process.returncode == 1 and "--data" in process.stderr
+    assert last_json(run_cli("evaluate", "run", "--data", "moved.txt", "--json", cwd=tmp_path))["users"] == 3
+    (tmp_path / "moved.txt").write_text("u1 a b c d\nu2 b c d x\nu3 c d a b\nu4 x y\n")
+    assert run_cli("evaluate", "run", "--data", "moved.txt", cwd=tmp_path).returncode == 1
+
+
+@pytest.mark.parametrize("name, content", [("config.json", "{"), ("config.json", "[]"), ("items.json", '["a"]')])
+def test_damaged_run_files_are_named(trained, tmp_path, name, content):
+    shutil.copytree(trained, tmp_path / "run")
+    (tmp_path / "run" / name).write_text(content)
+    process = run_cli("evaluate", "run", cwd=tmp_path)
+    assert process.returncode == 1 and name in process.stderr and "Traceback" not in process.stderr
