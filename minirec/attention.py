@@ -75,27 +75,34 @@ def from_heads(x_heads, group, out):
     out[group.start : group.stop] = rows if group.places is None else rows[group.places]
 
 
-def attention_weights(weighting, q, k, length, like):
-    """Return A [g, H, L, L] (softmax), or [L, L] for all sequences and heads alike.
+def fixed_part(weighting, length, like):
+    """Return what of A no input changes, [length, length]; its upper left corner serves shorter sequences.
 
-    q, k [g, H, L, K], used by softmax alone; `like` gives array module and dtype.
+    softmax: 0 for j <= i and -inf for j > i, to be added to the scores, since exp(-inf) = 0;
+    uniform and identity: A itself. `like` gives array module and dtype.
     """
     xp = get_array_module(like)
     if weighting == "softmax":
-        return softmax_causal(q @ k.swapaxes(2, 3))
+        return xp.triu(xp.full((length, length), -xp.inf, like.dtype), 1)
     if weighting == "uniform":
         return xp.tri(length, dtype=like.dtype) / xp.arange(1, length + 1, dtype=like.dtype)[:, None]
     return xp.eye(length, dtype=like.dtype)
 
 
-def softmax_causal(scores):
-    """Softmax over each row's visible positions j <= i; scores [g, H, L, L] are overwritten."""
+def attention_weights(weighting, q, k, fixed):
+    """Return A: [g, H, L, L] for softmax, else [L, L] for all sequences and heads alike.
+
+    q (divided by sqrt(K)) and k [g, H, L, K] are used by softmax alone; fixed [L, L] as from fixed_part.
+    """
+    return softmax(q @ k.swapaxes(2, 3) + fixed) if weighting == "softmax" else fixed
+
+
+def softmax(scores):
+    """Softmax over the last axis; scores are overwritten. The row's maximum cancels; it keeps exp from overflowing."""
     xp = get_array_module(scores)
-    length = scores.shape[-1]
-    scores += xp.triu(xp.full((length, length), -xp.inf, scores.dtype), 1)  # exp(-inf) = 0
     scores -= scores.max(axis=-1, keepdims=True)
     xp.exp(scores, out=scores)
-    scores /= scores.sum(axis=-1, keepdims=True)
+    scores /= (scores @ xp.ones(scores.shape[-1], scores.dtype))[..., None]  # a row sum is fastest as a product
     return scores
 
 
@@ -107,6 +114,7 @@ def attention(q, k, v, groups, n_heads, weighting, dropout, rng):
     """
     xp = get_array_module(v)
     out = xp.empty_like(v)
+    fixed = fixed_part(weighting, max(group.length for group in groups), v)
     cache = []
     for group in groups:
         v_heads = to_heads(v, group, n_heads)  # [g, H, L, K]
@@ -114,9 +122,9 @@ def attention(q, k, v, groups, n_heads, weighting, dropout, rng):
         if weighting == "softmax":
             q_heads = to_heads(q, group, n_heads) * v_heads.shape[-1] ** -0.5  # the 1/sqrt(K) of s
             k_heads = to_heads(k, group, n_heads)
-        a = attention_weights(weighting, q_heads, k_heads, group.length, v)  # [g, H, L, L] or [L, L]
+        a = attention_weights(weighting, q_heads, k_heads, fixed[: group.length, : group.length])
         mask = dropout_mask(v_heads.shape[:3] + (group.length,), dropout, rng, v)
-        a_dropped = a if mask is None else a * mask  # [g, H, L, L]
+        a_dropped = a if mask is None else a * mask  # [g, H, L, L], or [L, L] like a
         o_heads = a_dropped @ v_heads  # [g, H, L, K]
         from_heads(o_heads, group, out)
         cache.append((q_heads, k_heads, v_heads, a, a_dropped, o_heads))

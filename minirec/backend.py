@@ -80,8 +80,14 @@ def generator(xp, *key):
     """
     sequence = np.random.SeedSequence(key)
     if xp is np:
-        return np.random.Generator(np.random.SFC64(sequence))
+        return np.random.Generator(np.random.PCG64DXSM(sequence))
     return xp.random.Generator(xp.random.Philox4x3210(int(sequence.generate_state(1)[0])))
+
+
+def random_uint16(rng, n, xp):
+    """Return n random 16-bit integers [n], several cut from each word that the generator draws."""
+    word, bits = (xp.uint64, 64) if xp is np else (xp.uint32, 32)  # CuPy's integers end at 63 bits
+    return rng.integers(0, 1 << bits, -(-n * 16 // bits), dtype=word).view(xp.uint16)[:n]
 
 
 def scatter_add(target, index, rows):

@@ -26,7 +26,7 @@ def cross_entropy(x, items, targets, scale, d_items):
     xp = get_array_module(x)
     scale = float(scale)  # a NumPy float64 scalar would promote float32 arrays
     rows = max(16, plan(xp).loss_bytes // (len(items) * x.dtype.itemsize))
-    d_x = xp.empty_like(x)
+    d_x, ones = xp.empty_like(x), xp.ones(len(items), x.dtype)
     loss = xp.zeros((), xp.float64)
     for start in range(0, len(x), rows):
         chunk = slice(start, start + rows)
@@ -36,7 +36,7 @@ def cross_entropy(x, items, targets, scale, d_items):
         z -= z.max(axis=1, keepdims=True)
         z_target = z[each, target]  # [c]
         xp.exp(z, out=z)
-        s = z.sum(axis=1)  # [c]
+        s = z @ ones  # [c]; a row sum is fastest as a product
         loss += (xp.log(s) - z_target).sum()
         z[each, target] -= s
         thin = (scale / s)[:, None]  # [c, 1]

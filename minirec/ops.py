@@ -8,7 +8,9 @@ Gradients of parameters are ADDED to the arrays given (d_w, d_b, ...): a paramet
 twice, or by several micro-batches, gets the sum of its gradients, as the chain rule asks.
 """
 
-from minirec.backend import get_array_module, scatter_add
+import math
+
+from minirec.backend import get_array_module, random_uint16, scatter_add
 
 LAYER_NORM_EPS = 1e-8
 
@@ -64,18 +66,17 @@ def relu_backward(d_out, cache):
 
 
 def dropout_mask(shape, rate, rng, like):
-    """Draw a mask that is 0 with probability `rate` and 1 / (1 - rate) otherwise, so its mean is 1.
+    """Draw a mask that is 0 with probability `rate` (to 1/65536) and otherwise such that its mean is 1.
 
-    Array module and dtype are those of `like`. The draws are float32 for either dtype: float64
+    Array module and dtype are those of `like`; the draws do not depend on the dtype, so that float64
     checks see the masks of float32 training. None where nothing is dropped (rng None or rate 0).
     """
     if rng is None or rate == 0:
         return None
     xp = get_array_module(like)
-    mask = rng.random(shape, dtype=xp.float32)
-    xp.greater_equal(mask, rate, out=mask)
-    mask *= 1 / (1 - rate)
-    return mask.astype(like.dtype, copy=False)
+    threshold = min(round(rate * 65536), 65535)  # 16 random bits an entry: a third of the time of a random float
+    keep = random_uint16(rng, math.prod(shape), xp).reshape(shape) >= threshold
+    return xp.multiply(keep, 65536 / (65536 - threshold), dtype=like.dtype)
 
 
 def dropout(x, rate, rng):

