@@ -29,13 +29,14 @@ from minirec.decompose import decompose as decompose_sequences
 from minirec.errors import UserError
 from minirec.evaluate import CUTOFFS, MISS, metrics, rank_targets
 from minirec.evaluate import recommend as recommend_items
+from minirec.loss import LOSSES
 from minirec.model import Config
 from minirec.train import SELECTED_BY, best
 from minirec.train import train as train_model
 from minirec.workers import usable_cores, worker_map
 
 DEFAULT_DATA = "household"
-TRAINING_OPTIONS = ("epochs", "batch_size", "lr", "patience", "seed", "backend")
+TRAINING_OPTIONS = ("loss", "negatives", "epochs", "batch_size", "lr", "patience", "seed", "backend")
 INTERRUPTED = 130  # the shell's exit status after Ctrl-C
 
 
@@ -138,6 +139,14 @@ def main():
 @click.option(
     "--attn", type=click.Choice(WEIGHTINGS), default="softmax", show_default=True, help="Attention weighting."
 )
+@click.option(
+    "--loss",
+    type=click.Choice(LOSSES),
+    default="ce",
+    show_default=True,
+    help="ce: all items; sampled: softmax over target and --negatives; bce: one unseen negative a position.",
+)
+@click.option("--negatives", type=click.IntRange(min=1), default=1024, show_default=True, help="For --loss sampled.")
 @click.option("--epochs", type=click.IntRange(min=1), default=200, show_default=True, help="At most so many.")
 @click.option("--batch-size", type=click.IntRange(min=1), default=128, show_default=True, help="Sequences a step.")
 @click.option("--max-length", type=click.IntRange(min=1), default=50, show_default=True, help="Latest items kept.")

@@ -36,6 +36,7 @@ FIELD = re.compile(r"[^ \t]+")
 CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 MAX_LINE_BYTES = 1 << 24
 MAX_ID_BYTES = 256
+MAX_REDRAWS = 100
 SHORTEST_SPLIT = 3  # a target for test, one for validation, and something before them
 
 
@@ -299,6 +300,40 @@ def training_windows(log, split, max_length):
     lengths = np.minimum(split.train_lengths - 1, max_length)
     keep = lengths >= 1
     return (stops - lengths)[keep], lengths[keep]
+
+
+def windows_end_to_end(sequence, starts, lengths):
+    """Copy inputs and targets of a batch out of the log: sequence[start : start + length + 1] each.
+
+    Returns flat [n] and the starts [B] of the windows in it.
+    """
+    sizes = lengths + 1
+    begins = np.cumsum(sizes) - sizes
+    return sequence[np.arange(sizes.sum()) + np.repeat(starts - begins, sizes)], begins
+
+
+def training_pairs(log, split):
+    """Return user * V + item of everything trained on, sorted, each once: what unseen_negatives avoids."""
+    users = np.repeat(np.arange(len(log.users)), split.train_lengths)
+    begins = np.cumsum(split.train_lengths) - split.train_lengths
+    places = np.arange(len(users)) + np.repeat(log.offsets[:-1] - begins, split.train_lengths)
+    return np.unique(users * len(log.items) + log.sequence[places])
+
+
+def unseen_negatives(rng, users, n_items, pairs):
+    """Draw, for each of `users` [n], an item uniformly from those that the user has not had.
+
+    pairs: as from training_pairs. Draws that hit are drawn again, at most MAX_REDRAWS times: a user who
+    has had everything keeps a seen one. Returns [n].
+    """
+    items = rng.integers(n_items, size=len(users))
+    for _ in range(MAX_REDRAWS):
+        drawn = users * n_items + items
+        seen = pairs[np.minimum(np.searchsorted(pairs, drawn), len(pairs) - 1)] == drawn
+        if not seen.any():
+            break
+        items[seen] = rng.integers(n_items, size=int(seen.sum()))
+    return items
 
 
 def batches(n, batch_size, seed, epoch):

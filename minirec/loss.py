@@ -1,11 +1,14 @@
-"""Cross-entropy over all items, fused with its gradient.
+"""The losses, each fused with its gradient: cross-entropy over all items, and two that sample.
 
-Symbols: N tokens, D hidden size, V items, c rows in a chunk. The logits [N, V] would be by far the
-largest array of a step; they are made in chunks of a few rows that stay in the processor's cache,
-used for loss and gradient at once, and overwritten. The whole [N, V] never exists.
+Symbols: N tokens, D hidden size, V items, K negatives, c rows in a chunk. The logits [N, V] would be
+by far the largest array of a step; they are made in chunks of a few rows that stay in the processor's
+cache, used for loss and gradient at once, and overwritten. The whole [N, V] never exists. Where even
+V logits a token are too many (a million items), the two sampled losses look at a few items only.
 """
 
-from minirec.backend import get_array_module, plan
+from minirec.backend import get_array_module, plan, scatter_add
+
+LOSSES = ("ce", "sampled", "bce")
 
 
 def cross_entropy(x, items, targets, scale, d_items):
@@ -43,4 +46,53 @@ def cross_entropy(x, items, targets, scale, d_items):
         d_x[chunk] = z @ items
         d_x[chunk] *= thin
         d_items += z.T @ (x_chunk * thin)
+    return loss * scale, d_x
+
+
+def sampled_cross_entropy(x, items, targets, negatives, scale, d_items):
+    """Loss and gradient of softmax cross-entropy over the target and K shared negatives.
+
+    As in Klenitskiy and Vasilev (2023): negatives [K] are drawn once for all tokens, uniformly; where
+    one of them is a token's own target, it does not count for that token. Else as cross_entropy, whose
+    derivation holds with the target's logit in a column of its own: p - onehot = (e - s onehot) / s.
+    """
+    xp = get_array_module(x)
+    scale = float(scale)
+    items_target, items_negative = items[targets], items[negatives]  # [N, D], [K, D]
+    z = x @ items_negative.T  # [N, K]
+    z = xp.where(targets[:, None] == negatives, -xp.inf, z)  # exp(-inf) = 0
+    z_target = (x * items_target).sum(axis=1)  # [N]
+    highest = xp.maximum(z.max(axis=1), z_target)
+    z -= highest[:, None]
+    z_target -= highest
+    xp.exp(z, out=z)
+    e_target = xp.exp(z_target)
+    s = z @ xp.ones(len(negatives), x.dtype) + e_target  # [N]
+    loss = (xp.log(s) - z_target).sum(dtype=xp.float64)
+    thin = (scale / s)[:, None]  # [N, 1]
+    d_target = (e_target - s)[:, None] * thin  # dloss/dz_target, [N, 1]
+    d_x = (z @ items_negative) * thin + d_target * items_target
+    scatter_add(d_items, negatives, z.T @ (x * thin))
+    scatter_add(d_items, targets, d_target * x)
+    return loss * scale, d_x
+
+
+def binary_cross_entropy(x, items, targets, negatives, scale, d_items):
+    """Loss and gradient of SASRec's own loss: the target against one negative a position.
+
+    Kang and McAuley (2018), equation 6: loss = -log sigmoid(z_t) - log(1 - sigmoid(z_n)), with
+    z_t = x . items_t and z_n = x . items_n; negatives [N]. In a form that cannot overflow,
+        -log sigmoid(z) = log(1 + exp(-z)),    dloss/dz_t = sigmoid(z_t) - 1,    dloss/dz_n = sigmoid(z_n).
+    Else as cross_entropy.
+    """
+    xp = get_array_module(x)
+    scale = float(scale)
+    loss, d_x = xp.zeros((), xp.float64), xp.zeros_like(x)
+    for index, sign in ((targets, 1), (negatives, -1)):  # -log(1 - sigmoid(z)) = -log sigmoid(-z)
+        rows = items[index]  # [N, D]
+        z = sign * (x * rows).sum(axis=1)
+        loss += xp.logaddexp(0, -z).sum(dtype=xp.float64)
+        d_z = (-sign * scale * 0.5 * (1 - xp.tanh(z / 2)))[:, None]  # sigmoid(z) = (1 + tanh(z/2)) / 2
+        d_x += d_z * rows
+        scatter_add(d_items, index, d_z * x)
     return loss * scale, d_x

@@ -29,7 +29,7 @@ from minirec.attention import (
 )
 from minirec.backend import get_array_module, plan, to_device
 from minirec.errors import UserError
-from minirec.loss import cross_entropy
+from minirec.loss import binary_cross_entropy, cross_entropy, sampled_cross_entropy
 from minirec.ops import (
     dropout,
     dropout_backward,
@@ -150,16 +150,18 @@ class Batch(NamedTuple):
     items: object  # [N] the item at each position
     positions: object  # [N] 0 = oldest item kept
     targets: object  # [N] the item that follows; None where there is nothing to learn
+    negatives: object  # of the sampled losses: [K] for all positions, or [N] one each; else None
     groups: list  # rectangles for attention
     order: np.ndarray  # [B] which of the given sequences lies at each place, on the host
     lengths: np.ndarray  # [B] ascending, on the host
 
 
-def pack(flat, starts, lengths, xp=np, with_targets=True):
+def pack(flat, starts, lengths, xp=np, with_targets=True, negatives=None):
     """Pack the sequences flat[start : start + length] into a Batch on array module xp.
 
     flat: integer array of items, on the host; starts, lengths [B] with all lengths >= 1. Targets
-    are the items one place later, so that flat must reach one item past each sequence.
+    are the items one place later, so that flat must reach one item past each sequence. negatives: as
+    long as flat, one for each place in it, or None.
     """
     order = np.argsort(lengths, kind="stable")
     starts, lengths = starts[order], lengths[order]
@@ -170,6 +172,7 @@ def pack(flat, starts, lengths, xp=np, with_targets=True):
         items=to_device(flat[places], xp),
         positions=to_device(positions, xp),
         targets=to_device(flat[places + 1], xp) if with_targets else None,
+        negatives=None if negatives is None else to_device(negatives[places], xp),
         groups=make_groups(lengths, plan(xp).rectangles, xp),
         order=order,
         lengths=lengths,
@@ -290,17 +293,23 @@ def backward(d_out, cache, gradients, config, batch):
     embedding_backward(d_x * math.sqrt(config.hidden_size), c["items"], g["item_embedding"])
 
 
-def add_gradients(parameters, config, batch, scale, gradients, rng=None):
+def add_gradients(parameters, config, batch, scale, gradients, rng=None, loss="ce"):
     """Forward, loss and backward of one packed batch with targets.
 
-    Adds to `gradients`; returns `scale` times the summed loss of its tokens, as a 0-d array on the
-    device. With scale = 1/N over all micro-batches of a step, losses and gradients sum to the mean's.
+    loss: one of LOSSES; all but "ce" need batch.negatives. Adds to `gradients`; returns `scale` times
+    the summed loss of the batch's tokens, as a 0-d array on the device. With scale = 1/N, N counting
+    the tokens of all micro-batches of a step, their losses and gradients sum to those of the mean.
     """
     x, cache = forward(parameters, config, batch, rng)
     # E serves twice, as the input and (tied) as the output: both add to the same gradient.
-    loss, d_x = cross_entropy(x, parameters["item_embedding"], batch.targets, scale, gradients["item_embedding"])
+    tied = parameters["item_embedding"], gradients["item_embedding"]
+    if loss == "ce":
+        value, d_x = cross_entropy(x, tied[0], batch.targets, scale, tied[1])
+    else:
+        sampled = sampled_cross_entropy if loss == "sampled" else binary_cross_entropy
+        value, d_x = sampled(x, tied[0], batch.targets, batch.negatives, scale, tied[1])
     backward(d_x, cache, gradients, config, batch)
-    return loss
+    return value
 
 
 def loss_and_gradients(parameters, config, sequences, rng=None):

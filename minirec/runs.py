@@ -281,5 +281,5 @@ def load_state(folder, settings, n_steps):
 
 def fixed_settings(settings):
     """Return, as {name: value}, the settings that a run cannot change half-way."""
-    training = {name: settings["training"].get(name) for name in ("batch_size", "lr", "seed")}
+    training = {name: settings["training"].get(name) for name in ("loss", "negatives", "batch_size", "lr", "seed")}
     return settings["model"] | training | {"log (SHA-256)": settings["data"]["sha256"]}

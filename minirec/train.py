@@ -11,11 +11,11 @@ import time
 import numpy as np
 
 from minirec import backend, runs
-from minirec.data import batches, cases, leave_one_out, training_windows
+from minirec.data import batches, cases, leave_one_out, training_pairs, training_windows
 from minirec.errors import UserError
 from minirec.evaluate import metrics, rank_targets
 from minirec.model import init_parameters, parameter_count, views
-from minirec.workers import Memory, Team, worker_map
+from minirec.workers import Memory, Sampling, Team, worker_map
 
 SELECTED_BY = "NDCG@10"  # on validation: it picks the checkpoint and stops the run
 
@@ -42,8 +42,15 @@ def train(log, settings, folder, resume=False, on_step=None, on_epoch=None, stop
     valid = cases(log, split, "valid")
     n_steps = -(-len(starts) // training["batch_size"])
 
+    sampling = None
+    if training["loss"] != "ce":
+        largest_batch = training["batch_size"] * (config.max_length + 1)
+        pairs = training_pairs(log, split)
+        sampling = Sampling(training["loss"], training["negatives"], pairs, log.offsets, largest_batch)
+
     # The workers start first: they must not inherit, and outlive, the lock on the run folder.
-    with Team(config, log.sequence, xp, training["workers"]) as team, runs.opened(folder, resume):
+    team = Team(config, log.sequence, xp, training["workers"], sampling)
+    with team, runs.opened(folder, resume):
         state = runs.load_state(folder, settings, n_steps) or initial_state(config, training["seed"], n_steps)
         records = runs.read_json_lines(folder / "metrics.jsonl")[: int(state["step"]) // n_steps]
         runs.write_json(folder / "config.json", settings)

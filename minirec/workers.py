@@ -20,11 +20,14 @@ import os
 import signal
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from typing import NamedTuple
 
 import numpy as np
 from threadpoolctl import threadpool_limits
 
-from minirec.backend import generator, plan
+from minirec.backend import generator, plan, to_device
+from minirec.data import unseen_negatives, windows_end_to_end
 from minirec.errors import UserError
 from minirec.model import add_gradients, pack, parameter_count, views
 from minirec.optimizer import adam_step
@@ -74,35 +77,66 @@ def cut(lengths, lanes, micro_batch_tokens):
     return [[p for p in pieces[lane::lanes] if len(p)] for lane in range(lanes)]
 
 
+class Sampling(NamedTuple):
+    """What a sampled loss draws from. The item table may then be large, and a step touches few of its
+    rows: those of the batch and of its negatives are copied to a small table, all is computed on that, and
+    only those rows are updated. Their Adam is lazy, as torch.optim.SparseAdam is: an untouched row keeps
+    its moments, where dense Adam would let them decay and the row drift on."""
+
+    loss: str  # one of LOSSES but "ce"
+    n_negatives: int  # K of "sampled"
+    pairs: np.ndarray  # as from data.training_pairs
+    offsets: np.ndarray  # the log's
+    largest_batch: int  # inputs and targets together: how many rows a step may touch
+
+    def rows(self, n_items):
+        """Return the number of rows that the small table needs room for."""
+        negatives = self.n_negatives if self.loss == "sampled" else self.largest_batch
+        return min(n_items, self.largest_batch + negatives)
+
+    def draw(self, rng, n_items, starts, lengths):
+        """Return the negatives of a batch: [K] for all, or one for each place of windows_end_to_end."""
+        if self.loss == "sampled":
+            return rng.integers(n_items, size=self.n_negatives)
+        users = np.searchsorted(self.offsets, starts, side="right") - 1
+        return unseen_negatives(rng, np.repeat(users, lengths + 1), n_items, self.pairs)
+
+
 class Memory:
-    """What all workers see: parameters, moments and a gradient a lane, flat; on the CPU in shared memory."""
+    """What all workers see: parameters, moments and a gradient a lane, flat; on the CPU in shared memory.
+
+    table_rows: how many item rows a gradient holds, all V or those of a Sampling.
+    """
 
     NAMES = ("parameters", "first_moment", "second_moment")
 
-    def __init__(self, config, xp):
+    def __init__(self, config, xp, table_rows):
         self.lanes, self.size = plan(xp).lanes, parameter_count(config)
-        n = len(self.NAMES) + self.lanes
-        if xp is np:
-            self.shared = PROCESSES.RawArray(ctypes.c_float, n * self.size)
-        else:
-            self.shared = xp.zeros(n * self.size, xp.float32)
+        self.gradient_size = parameter_count(replace(config, n_items=table_rows))
+        n = len(self.NAMES) * self.size + self.lanes * self.gradient_size
+        self.shared = PROCESSES.RawArray(ctypes.c_float, n) if xp is np else xp.zeros(n, xp.float32)
 
     def arrays(self):
-        """Return {"parameters", "first_moment", "second_moment": [P], "gradients": [lanes, P]}, all views."""
-        whole = self.shared
-        if not hasattr(whole, "reshape"):
-            whole = np.frombuffer(whole, np.float32)
-        rows = whole.reshape(-1, self.size)
-        return dict(zip(self.NAMES, rows)) | {"gradients": rows[len(self.NAMES) :]}
+        """Return {"parameters", "first_moment", "second_moment": [P], "gradients": [lanes, P']}, all views."""
+        whole = self.shared if hasattr(self.shared, "reshape") else np.frombuffer(self.shared, np.float32)
+        kept = whole[: len(self.NAMES) * self.size].reshape(-1, self.size)
+        gradients = whole[len(self.NAMES) * self.size :].reshape(self.lanes, self.gradient_size)
+        return dict(zip(self.NAMES, kept)) | {"gradients": gradients}
 
 
 class Worker:
-    """One of n: it computes every n-th lane and updates every n-th slice of the parameters."""
+    """One of n: it computes every n-th lane and updates every n-th slice of the parameters.
 
-    def __init__(self, memory, config, sequence, xp, rank, n):
+    memory: Memory; config: the model's; sequence: all histories end to end, on the host; sampling: a
+    Sampling, None for the full cross-entropy; xp: the array module; rank: 0..n-1.
+    """
+
+    def __init__(self, memory, config, sequence, sampling, xp, rank, n):
         self.__dict__.update(memory.arrays())
-        self.config, self.sequence, self.xp, self.rank, self.n = config, sequence, xp, rank, n
+        self.config, self.sequence, self.sampling = config, sequence, sampling
+        self.xp, self.rank, self.n = xp, rank, n
         self.views = views(self.parameters, config)
+        self.table = None  # the item rows that the latest step touched; None = all
 
     def compute_gradients(self, starts, lengths, key):
         """Fill this worker's lanes with the gradients of one batch; return their losses, one a lane.
@@ -112,28 +146,71 @@ class Worker:
         """
         scale = 1 / int(lengths.sum())
         pieces = cut(lengths, len(self.gradients), plan(self.xp).micro_batch_tokens)
+        config, parameters, sequence, negatives = self.config, self.views, self.sequence, None
+        loss = "ce"
+        if self.sampling:
+            loss = self.sampling.loss
+            config, parameters, sequence, starts, negatives = self._small_table(starts, lengths, key)
         losses = []
         for lane in range(self.rank, len(pieces), self.n):
-            self.gradients[lane] = 0
-            gradients = views(self.gradients[lane], self.config)
-            loss = 0.0
+            gradient = self.gradients[lane, : parameter_count(config)]
+            gradient[...] = 0
+            total = 0.0
             for i, piece in enumerate(pieces[lane]):
-                batch = pack(self.sequence, starts[piece], lengths[piece], self.xp)
+                each = negatives if loss == "bce" else None
+                batch = pack(sequence, starts[piece], lengths[piece], self.xp, negatives=each)
+                if loss == "sampled":
+                    batch = batch._replace(negatives=to_device(negatives, self.xp))
                 rng = generator(self.xp, *key, lane, i)
-                loss = loss + add_gradients(self.views, self.config, batch, scale, gradients, rng)
-            losses.append(loss)
+                total = total + add_gradients(parameters, config, batch, scale, views(gradient, config), rng, loss)
+            losses.append(total)
         return losses
+
+    def _small_table(self, starts, lengths, key):
+        """Copy the item rows of a batch and its negatives to a table of their own, and number them anew.
+
+        Returns config, parameters, sequence, starts and negatives, all in terms of the small table.
+        """
+        negatives = self.sampling.draw(generator(np, *key), self.config.n_items, starts, lengths)
+        flat, starts = windows_end_to_end(self.sequence, starts, lengths)
+        table, renumbered = np.unique(np.concatenate([flat, negatives]), return_inverse=True)
+        self.table = to_device(table, self.xp)
+        config = replace(self.config, n_items=len(table))
+        parameters = self.views | {"item_embedding": self.views["item_embedding"][self.table]}
+        return config, parameters, renumbered[: len(flat)], starts, renumbered[len(flat) :]
 
     def update(self, step, learning_rate):
         """Sum the lanes, in order, and take one Adam step with the sum, in this worker's slices."""
-        size = UPDATE_SIZE if self.xp is np else len(self.parameters)
-        for start in range(self.rank * size, len(self.parameters), self.n * size):
-            part = slice(start, start + size)
-            gradient = self.gradients[0, part]
-            for other in self.gradients[1:, part]:
-                gradient += other
-            moments = self.first_moment[part], self.second_moment[part]
-            adam_step(self.parameters[part], gradient, *moments, step, learning_rate)
+        arrays = [getattr(self, name) for name in Memory.NAMES]
+        gradients = self.gradients
+        if self.table is not None:
+            d, n_rows = self.config.hidden_size, len(self.table)
+            tables = [array[: self.config.n_items * d].reshape(-1, d) for array in arrays]
+            gradient_tables = gradients[:, : n_rows * d].reshape(-1, n_rows, d)
+            for part in self._slices(n_rows, UPDATE_SIZE // d + 1):
+                rows = self.table[part]
+                own = [table[rows] for table in tables]  # copies, written back below
+                adam_step(own[0], sum_lanes(gradient_tables[:, part]), *own[1:], step, learning_rate)
+                for table, updated in zip(tables, own):
+                    table[rows] = updated
+            arrays = [array[self.config.n_items * d :] for array in arrays]
+            gradients = gradients[:, n_rows * d :]
+        for part in self._slices(len(arrays[0]), UPDATE_SIZE):
+            parameters, *moments = (array[part] for array in arrays)
+            adam_step(parameters, sum_lanes(gradients[:, part]), *moments, step, learning_rate)
+
+    def _slices(self, length, size):
+        """Yield this worker's slices of 0..length-1; on a GPU, one for all."""
+        size = size if self.xp is np else length
+        for start in range(self.rank * size, length, self.n * size):
+            yield slice(start, min(start + size, length))
+
+
+def sum_lanes(gradients):
+    """Add gradients[1:] to gradients[0], in order, and return that."""
+    for other in gradients[1:]:
+        gradients[0] += other
+    return gradients[0]
 
 
 def serve(connection, others, *worker):
@@ -155,21 +232,21 @@ def serve(connection, others, *worker):
 class Team:
     """All workers of a run, this process among them; a context manager.
 
-    config: the model's; sequence: all histories end to end, on the host; xp: the array module; n: how
-    many workers, at most one a lane (on a GPU: one). The arrays of `memory` are here as attributes.
+    config, sequence, sampling, xp: see Worker; n: how many workers, at most one a lane (on a GPU: one).
+    The arrays of Memory are here as attributes.
     """
 
-    def __init__(self, config, sequence, xp, n):
-        memory = Memory(config, xp)
+    def __init__(self, config, sequence, xp, n, sampling=None):
+        memory = Memory(config, xp, sampling.rows(config.n_items) if sampling else config.n_items)
         n = min(n, memory.lanes)
-        self.lead = Worker(memory, config, sequence, xp, 0, n)
+        self.lead = Worker(memory, config, sequence, sampling, xp, 0, n)
         self.__dict__.update(memory.arrays())
         self.connections, self.processes = [], []
         for rank in range(1, n):
             ours, theirs = PROCESSES.Pipe()
             self.connections.append(ours)
             others = self.connections if PROCESSES.get_start_method() == "fork" else []
-            arguments = (theirs, others, memory, config, sequence, xp, rank, n)
+            arguments = (theirs, others, memory, config, sequence, sampling, xp, rank, n)
             self.processes.append(PROCESSES.Process(target=serve, args=arguments, daemon=True))
             self.processes[-1].start()
             theirs.close()  # so that the connection breaks if the worker dies

@@ -171,6 +171,25 @@ def test_training_never_sees_a_held_out_item(lengths, max_length):
     assert list(windows) == expected
 
 
+def test_unseen_negatives_are_uniform_over_what_the_user_was_not_trained_on():
+    log = log_of([[0, 1, 2, 3, 4], [5, 6, 7], [8, 9, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9]])
+    split = data.leave_one_out(log)
+    pairs = data.training_pairs(log, split)
+    rng = np.random.default_rng(0)
+    drawn = data.unseen_negatives(rng, np.repeat([0, 1, 2], 7000), 10, pairs).reshape(3, -1)
+    assert set(drawn[0]) == set(range(10)) - {0, 1, 2}
+    assert set(drawn[1]) == set(range(10)) - {5}
+    assert set(drawn[2]) <= set(range(10))  # this user has had everything, and still the draw ends
+    counts = np.bincount(drawn[0], minlength=10)[3:]
+    assert abs(counts - 1000).max() < 150
+
+
+def test_windows_end_to_end_hold_inputs_and_targets():
+    flat, begins = data.windows_end_to_end(np.arange(10, 30), np.array([4, 0, 15]), np.array([2, 1, 3]))
+    assert list(flat) == [14, 15, 16, 10, 11, 25, 26, 27, 28]
+    assert list(begins) == [0, 3, 5]
+
+
 @given(st.integers(1, 500), st.integers(1, 200), st.integers(0, 5))
 def test_batches_cover_everything_once_in_an_order_set_by_the_epoch(n, size, epoch):
     found = data.batches(n, size, 0, epoch)

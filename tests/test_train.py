@@ -9,6 +9,7 @@ import pytest
 
 from minirec import data, evaluate, runs
 from minirec.errors import UserError
+from minirec.loss import LOSSES
 from minirec.model import Config, init_parameters
 from minirec.train import best, check_finite, finished, train
 
@@ -27,7 +28,8 @@ def small():
         np.concatenate(sequences).astype(np.int32),
     )
     config = Config(20, hidden_size=8, max_length=6)
-    training = {"epochs": 3, "batch_size": 16, "lr": 0.01, "patience": 10, "seed": 1, "backend": "numpy", "workers": 1}
+    training = {"loss": "ce", "negatives": 7, "epochs": 3, "batch_size": 16, "lr": 0.01, "patience": 10, "seed": 1}
+    training |= {"backend": "numpy", "workers": 1}
     return log, {"data": {"path": "?", "sha256": log.sha256()}, "model": asdict(config), "training": training}
 
 
@@ -63,8 +65,10 @@ def test_the_checkpoint_is_the_best_on_validation(small, tmp_path):
     assert found["NDCG@10"] == best(records)["NDCG@10"]
 
 
-def test_the_same_seed_gives_the_same_bits_with_any_number_of_workers(small, tmp_path):
+@pytest.mark.parametrize("loss", LOSSES)
+def test_the_same_seed_gives_the_same_bits_with_any_number_of_workers(small, tmp_path, loss):
     log, settings = small
+    settings["training"]["loss"] = loss
     for name, workers in (("one", 1), ("again", 1), ("two", 2)):
         settings["training"]["workers"] = workers
         train(log, settings, tmp_path / name)

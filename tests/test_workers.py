@@ -2,15 +2,17 @@
 
 import os
 import signal
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from minirec import backend, model
+from minirec import backend, data, model
 from minirec.errors import UserError
-from minirec.workers import Team, cut, worker_map
+from minirec.optimizer import adam_step
+from minirec.workers import Sampling, Team, cut, worker_map
 
 CONFIG = model.Config(n_items=30, hidden_size=8, max_length=10, dropout=0.5)
 
@@ -81,3 +83,60 @@ def test_an_error_in_a_worker_reaches_the_caller():
 def test_worker_map_keeps_the_order():
     with worker_map(3, np) as run:
         assert list(run(lambda i: i * i, range(50))) == [i * i for i in range(50)]
+
+
+def sampled_team(loss, n_workers=2):
+    """A log, a batch of it, and a team on a catalogue of which one step touches a part."""
+    rng = np.random.default_rng(0)
+    sizes = rng.integers(3, 9, 30)
+    sequence = rng.integers(500, size=sizes.sum()).astype(np.int32)
+    log = data.Log([""] * 30, [""] * 500, np.concatenate([[0], np.cumsum(sizes)]), sequence)
+    split = data.leave_one_out(log)
+    starts, lengths = data.training_windows(log, split, 10)
+    pairs = data.training_pairs(log, split)
+    sampling = Sampling(loss, 20, pairs, log.offsets, int((lengths + 1).sum()))
+    config = model.Config(n_items=500, hidden_size=8, max_length=10, dropout=0)
+    team = Team(config, sequence, np, n_workers, sampling)
+    team.parameters[...] = np.concatenate([v.reshape(-1) for v in model.init_parameters(config, 0).values()])
+    return team, config, sequence, starts, lengths, sampling
+
+
+@pytest.mark.parametrize("loss", ["sampled", "bce"])
+def test_the_small_table_gives_the_gradients_of_the_full_one(loss):
+    team, config, sequence, starts, lengths, sampling = sampled_team(loss)
+    with team:
+        value = float(team.compute_gradients(starts, lengths, (7, 1)))
+        table, small = team.lead.table, team.gradients.sum(axis=0)
+        negatives = sampling.draw(backend.generator(np, 7, 1), 500, starts, lengths)
+        flat, begins = data.windows_end_to_end(sequence, starts, lengths)
+        batch = model.pack(flat, begins, lengths, negatives=negatives if loss == "bce" else None)
+        if loss == "sampled":
+            batch = batch._replace(negatives=negatives)
+        gradients = model.views(np.zeros_like(team.parameters), config)
+        parameters = model.views(team.parameters, config)
+        expected = model.add_gradients(parameters, config, batch, 1 / lengths.sum(), gradients, loss=loss)
+    assert value == pytest.approx(float(expected), rel=1e-6)
+    compact = replace(config, n_items=len(table))
+    found = model.views(small[: model.parameter_count(compact)], compact)
+    np.testing.assert_allclose(found["item_embedding"], gradients["item_embedding"][table], atol=1e-6)
+    assert np.delete(gradients["item_embedding"], table, axis=0).any() == 0
+    for name in set(gradients) - {"item_embedding"}:
+        np.testing.assert_allclose(found[name], gradients[name], atol=1e-6)
+
+
+@pytest.mark.parametrize("loss", ["sampled", "bce"])
+def test_only_touched_rows_move_and_by_the_step_of_dense_adam(loss):
+    team, config, _, starts, lengths, _ = sampled_team(loss)
+    with team:
+        before, first, second = team.parameters.copy(), np.zeros_like(team.parameters), np.zeros_like(team.parameters)
+        team.compute_gradients(starts, lengths, (7, 1))
+        table, small = team.lead.table, team.gradients.sum(axis=0)
+        team.update(1, 0.01)
+        dense = np.zeros_like(before)
+        size, d = len(table) * 8, config.n_items * 8
+        dense[:d].reshape(-1, 8)[table] = small[:size].reshape(-1, 8)
+        dense[d:] = small[size : size + len(before) - d]
+        adam_step(before, dense, first, second, 1, 0.01)
+        np.testing.assert_allclose(team.parameters, before, atol=1e-4)  # of steps of 0.01; g = 0 moves nothing
+        untouched = np.delete(np.arange(500), table)
+        assert len(untouched) and (team.first_moment[:d].reshape(-1, 8)[untouched] == 0).all()
