@@ -33,6 +33,8 @@ from minirec.model import add_gradients, pack, parameter_count, views
 from minirec.optimizer import adam_step
 
 UPDATE_SIZE = 1 << 16  # parameters that Adam updates at a time: they and their moments stay in cache
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # from glibc's malloc.h
+MALLOC_KEEPS = 64 << 20  # bytes
 # A forked worker starts at once and shares the log's memory, but not every system's BLAS survives a fork.
 PROCESSES = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
 
@@ -40,6 +42,19 @@ PROCESSES = multiprocessing.get_context("fork" if sys.platform == "linux" else "
 def usable_cores():
     """Return how many cores this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+
+
+def keep_freed_memory():
+    """Ask glibc's malloc to keep what is freed instead of returning it to the system.
+
+    Every micro-batch frees and takes arrays of the same sizes; without this, each is fetched and zeroed
+    anew, page by page. Worker processes inherit the setting.
+    """
+    if sys.platform == "linux":
+        libc = ctypes.CDLL(None)
+        if hasattr(libc, "mallopt"):  # other C libraries have none
+            libc.mallopt(M_MMAP_THRESHOLD, MALLOC_KEEPS)
+            libc.mallopt(M_TRIM_THRESHOLD, MALLOC_KEEPS)
 
 
 @contextlib.contextmanager
@@ -237,6 +252,7 @@ class Team:
     """
 
     def __init__(self, config, sequence, xp, n, sampling=None):
+        keep_freed_memory()
         memory = Memory(config, xp, sampling.rows(config.n_items) if sampling else config.n_items)
         n = min(n, memory.lanes)
         self.lead = Worker(memory, config, sequence, sampling, xp, 0, n)
