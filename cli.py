@@ -11,6 +11,7 @@ import signal
 import sys
 import threading
 import time
+import warnings
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -129,6 +130,7 @@ def main():
     python cli.py evaluate --attn uniform   the same model with its attention replaced by an average
     python cli.py decompose                 how much does it mix positions?
     """
+    warnings.simplefilter("ignore", RuntimeWarning)  # overflow and NaN are caught, and named, where they matter
 
 
 @main.command()
@@ -169,16 +171,16 @@ def train(ctx, out, resume, as_json, **options):
     python cli.py train --data ratings.csv --attn uniform
     """
     began = time.perf_counter()
-    folder = out or (runs.newest_folder("resume") if resume else None)
+    folder = out or (runs.newest_folder("resume", "config.json") if resume else None)
     if resume and (folder / "config.json").exists():
         _take_over(ctx, options, runs.load_settings(folder))
     source = {"path": options["data"], "format": options["format"], "columns": comma_list(options["columns"])}
-    log, sha256 = runs.load_log(source)
+    log = runs.load_log(source)
     sizes = (options[name] for name in ("hidden", "blocks", "heads", "max_length", "dropout", "attn"))
     config = Config(len(log.items), *sizes)
     workers = options["workers"] or usable_cores()
     settings = {
-        "data": source | {"sha256": sha256},
+        "data": source | {"sha256": runs.fingerprint(source["path"])},
         "model": asdict(config),
         "training": {name: options[name] for name in TRAINING_OPTIONS} | {"workers": workers},
         "versions": {"minirec": minirec.__version__, "python": platform.python_version(), "numpy": np.__version__},

@@ -114,9 +114,9 @@ def new_folder(log_name, attn):
     return path
 
 
-def newest_folder(command):
-    """Return the run below runs/ that was worked on last. Raises UserError where there is none."""
-    folders = [path.parent for path in RUNS.glob("*/config.json")]
+def newest_folder(command, holding="checkpoint.npz"):
+    """Return the run below runs/ that was worked on last and holds a file. Raises UserError where there is none."""
+    folders = [path.parent for path in RUNS.glob(f"*/{holding}")]
     if not folders:
         raise UserError(f"no run in {RUNS}/ to {command}; make one with: python cli.py train")
     return max(folders, key=lambda folder: max(f.stat().st_mtime_ns for f in folder.iterdir()))
@@ -168,18 +168,32 @@ def _locked(folder):
 # What is in one
 
 
-def load_log(source):
-    """Return (Log, fingerprint) for {"path", "format", "columns"}: a file, or a planted dataset's name."""
-    path = source["path"]
-    if path in planted.DATASETS and not os.path.exists(path):
-        log = planted.DATASETS[path]()
-        return log, log.sha256()
-    log = data.read_log(path, source.get("format"), source.get("columns"))
+def fingerprint(path):
+    """Return the SHA-256 of a log's file, or of a planted dataset's content."""
+    if is_planted(path):
+        return planted.DATASETS[path]().sha256()
     digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
-    return log, digest.hexdigest()
+    try:
+        if not os.path.isfile(path):
+            raise FileNotFoundError(2, "no such file")
+        with open(path, "rb") as file:
+            while chunk := file.read(1 << 20):
+                digest.update(chunk)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror or error})") from None
+    return digest.hexdigest()
+
+
+def load_log(source):
+    """Return the Log of {"path", "format", "columns"}; the path is a file's, or a planted dataset's name."""
+    if is_planted(source["path"]):
+        return planted.DATASETS[source["path"]]()
+    return data.read_log(source["path"], source.get("format"), source.get("columns"))
+
+
+def is_planted(path):
+    """Whether a log's path is the name of a planted dataset; a file of that name goes first."""
+    return path in planted.DATASETS and not os.path.exists(path)
 
 
 def load_settings(folder):
@@ -205,6 +219,8 @@ def model_config(settings):
 def load_parameters(folder, config, xp=np):
     """Return the parameters in checkpoint.npz as {name: array} on module xp, names and shapes verified."""
     path = folder / "checkpoint.npz"
+    if not path.exists():
+        raise UserError(f"{path}: no such file; the run has not finished an epoch: train --resume --out {folder}")
     arrays = read_arrays(path)
     shapes = parameter_shapes(config)
     for name in sorted(set(shapes) | set(arrays)):
@@ -232,15 +248,14 @@ def load_run_log(folder, settings, data_path=None):
 
     data_path: where it lies now, if not where it was. Raises UserError where it is not the same log.
     """
-    source = dict(settings["data"])
-    if data_path:
-        source["path"] = data_path
+    source = settings["data"] | ({"path": data_path} if data_path else {})
     try:
-        log, sha256 = load_log(source)
+        found = fingerprint(source["path"])
     except UserError as error:
         raise UserError(f"{error}" if data_path else f"{error}; say where the log is now with --data") from None
-    if sha256 != source["sha256"]:
+    if found != source["sha256"]:
         raise UserError(f"{source['path']}: not the log that {folder} was trained on; name that one with --data")
+    log = load_log(source)
     if log.items != load_items(folder, model_config(settings)):
         raise UserError(f"{folder / 'items.json'}: its items are not those of {source['path']}")
     return log

@@ -138,5 +138,5 @@ def check_finite(losses, steps_before, training):
     if len(bad):
         raise UserError(
             f"the loss is {losses[bad[0]]} at step {steps_before + bad[0] + 1} (lr {training['lr']}, "
-            f"seed {training['seed']}): try a smaller --lr; the best checkpoint before it is kept"
+            f"seed {training['seed']}): try a smaller --lr; what earlier epochs reached is kept"
         )

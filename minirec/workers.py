@@ -15,6 +15,7 @@ Symbols: B sequences, P parameters.
 
 import contextlib
 import ctypes
+import mmap
 import multiprocessing
 import os
 import signal
@@ -117,6 +118,24 @@ class Sampling(NamedTuple):
         return unseen_negatives(rng, np.repeat(users, lengths + 1), n_items, self.pairs)
 
 
+def shared_floats(n):
+    """Return a buffer of n float32 zeros that worker processes share.
+
+    Raises UserError where the machine has not that much memory: else the system would end the run later.
+    """
+    size = 4 * n
+    if hasattr(os, "sysconf"):
+        available = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        if size > available:
+            raise UserError(
+                f"parameters, moments and gradients take {size / 1e9:.0f} GB, the machine has {available / 1e9:.0f}: "
+                "try a smaller --hidden or --max-length, or --loss sampled for many items"
+            )
+    if PROCESSES.get_start_method() == "fork":
+        return mmap.mmap(-1, size)  # belongs to no file: nothing is left behind, no small /dev/shm can overflow
+    return PROCESSES.RawArray(ctypes.c_float, n)
+
+
 class Memory:
     """What all workers see: parameters, moments and a gradient a lane, flat; on the CPU in shared memory.
 
@@ -129,7 +148,7 @@ class Memory:
         self.lanes, self.size = plan(xp).lanes, parameter_count(config)
         self.gradient_size = parameter_count(replace(config, n_items=table_rows))
         n = len(self.NAMES) * self.size + self.lanes * self.gradient_size
-        self.shared = PROCESSES.RawArray(ctypes.c_float, n) if xp is np else xp.zeros(n, xp.float32)
+        self.shared = shared_floats(n) if xp is np else xp.zeros(n, xp.float32)
 
     def arrays(self):
         """Return {"parameters", "first_moment", "second_moment": [P], "gradients": [lanes, P']}, all views."""

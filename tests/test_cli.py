@@ -161,6 +161,8 @@ MISTAKES = {
     "unknown weighting": (["train", "--attn", "linear"], 2, "softmax"),
     "negative seed": (["train", "--seed", -1], 2, "--seed"),
     "no GPU": (["train", "--backend", "cupy"], 1, "--backend numpy"),
+    "a model beyond memory": (["train", "--max-length", 10**9], 1, "--max-length"),
+    "an endless log": (["train", "--data", "/dev/zero"], 1, "longer than"),
     "unknown columns": (["train", "--data", "log.txt", "--columns", "a,b"], 1, "no columns a, b"),
     "out is a file": (["train", "--data", "log.txt", "--out", "log.txt"], 1, "log.txt"),
     "attn-blocks without attn": (["evaluate", "RUN", "--attn-blocks", "0"], 2, "--attn"),
@@ -186,6 +188,14 @@ def test_mistakes_end_in_one_line_and_write_nothing(tmp_path, trained, arguments
     assert process.stdout == ""
     assert "Error: " in process.stderr.splitlines()[-1]
     assert [f.name for f in tmp_path.iterdir()] == ["log.txt"]
+
+
+def test_a_loss_that_is_not_finite_ends_in_one_line(tmp_path):
+    process = run_cli("train", "--lr", 1e30, "--epochs", 2, "--out", "run", cwd=tmp_path)
+    assert process.returncode == 1 and "try a smaller --lr" in process.stderr
+    assert "Warning" not in process.stderr and "Traceback" not in process.stderr
+    process = run_cli("evaluate", "run", cwd=tmp_path)
+    assert process.returncode == 1 and "--resume" in process.stderr
 
 
 def test_a_moved_log_is_asked_for_and_found_again(tmp_path):
