@@ -34,14 +34,11 @@ def train(log, settings, folder, resume=False, on_step=None, on_epoch=None, stop
     config, training = runs.model_config(settings), settings["training"]
     xp = backend.load(training["backend"])
     split = leave_one_out(log)
-    starts, lengths = training_windows(log, split, config.max_length)
-    if not len(starts):
+    windows = training_windows(log, split, config.max_length)
+    if not len(windows[0]):
         raise UserError(
             "nothing to train on: no user has two interactions besides those held out for validation and test"
         )
-    valid = cases(log, split, "valid")
-    n_steps = -(-len(starts) // training["batch_size"])
-
     sampling = None
     if training["loss"] != "ce":
         largest_batch = training["batch_size"] * (config.max_length + 1)
@@ -51,60 +48,85 @@ def train(log, settings, folder, resume=False, on_step=None, on_epoch=None, stop
     # The workers start first: they must not inherit, and outlive, the lock on the run folder.
     team = Team(config, log.sequence, xp, training["workers"], sampling)
     with team, runs.opened(folder, resume):
-        state = runs.load_state(folder, settings, n_steps) or initial_state(config, training["seed"], n_steps)
-        records = runs.read_json_lines(folder / "metrics.jsonl")[: int(state["step"]) // n_steps]
+        run = Progress(settings, folder, team, windows)
         runs.write_json(folder / "config.json", settings)
         runs.write_json(folder / "items.json", log.items)
-        for name in Memory.NAMES:
-            getattr(team, name)[...] = backend.to_device(state[name], xp)
-        losses = backend.to_device(state["losses"], xp)  # of the current epoch's steps; read at its end
-        step, seconds = int(state["step"]), float(state["seconds"])
-
-        def save_state():
-            arrays = {name: backend.to_host(getattr(team, name)) for name in Memory.NAMES}
-            arrays |= {"losses": backend.to_host(losses), "step": np.int64(step), "seconds": np.float64(seconds)}
-            runs.write_arrays(folder / "state.npz", arrays)
-
-        def save_checkpoint():
-            runs.write_arrays(folder / "checkpoint.npz", views(backend.to_host(team.parameters), config))
-
-        while not finished(records, training):
-            epoch = step // n_steps + 1
-            epoch_batches = batches(len(starts), training["batch_size"], training["seed"], epoch)
-            for i in range(step % n_steps, n_steps):
-                batch = epoch_batches[i]
-                began = time.perf_counter()
-                step += 1
-                losses[i] = team.compute_gradients(starts[batch], lengths[batch], (training["seed"], step))
-                team.update(step, training["lr"])
-                seconds += time.perf_counter() - began
-                if on_step:
-                    on_step(epoch, i + 1, n_steps, losses[i])
-                if i + 1 < n_steps and stop and stop():
-                    save_state()
-                    if not records:
-                        save_checkpoint()
-                    return records, False
-            began = time.perf_counter()
-            host_losses = backend.to_host(losses)  # waits for the device
-            seconds += time.perf_counter() - began
-            check_finite(host_losses, step - n_steps, training)
-            with worker_map(training["workers"], xp) as run:
-                ranks = rank_targets(views(team.parameters, config), config, log.sequence, valid, run=run)
-                ranks = np.concatenate(list(ranks))
-            record = {"epoch": epoch, "loss": float(host_losses.mean()), "steps": n_steps, "train_seconds": seconds}
-            records.append(record | metrics(ranks))
-            if best(records) is records[-1]:
-                save_checkpoint()
-            seconds = 0.0
-            # The state comes last: a run killed before it repeats this epoch, to the same bits.
-            runs.write_json_lines(folder / "metrics.jsonl", records)
-            save_state()
+        while not finished(run.records, training):
+            if not run.take_steps(on_step, stop):
+                return run.records, False
+            run.close_epoch(log.sequence, cases(log, split, "valid"))
             if on_epoch:
-                on_epoch(records[-1])
+                on_epoch(run.records[-1])
             if stop and stop():
-                return records, False
-    return records, True
+                return run.records, False
+    return run.records, True
+
+
+class Progress:
+    """A run under way, in its folder: how far it is, the losses of its current epoch, its records so far.
+
+    settings, folder: as in train; team: the workers, whose parameters it sets; windows: starts and
+    lengths of the training inputs.
+    """
+
+    def __init__(self, settings, folder, team, windows):
+        self.settings, self.folder, self.team = settings, folder, team
+        self.config, self.training = runs.model_config(settings), settings["training"]
+        self.starts, self.lengths = windows
+        self.n_steps = -(-len(self.starts) // self.training["batch_size"])
+        state = runs.load_state(folder, settings, self.n_steps)
+        state = state or initial_state(self.config, self.training["seed"], self.n_steps)
+        for name in Memory.NAMES:
+            getattr(team, name)[...] = backend.to_device(state[name], team.xp)
+        self.losses = backend.to_device(state["losses"], team.xp)
+        self.step, self.seconds = int(state["step"]), float(state["seconds"])  # steps in all, seconds of this epoch
+        self.records = runs.read_json_lines(folder / "metrics.jsonl")[: self.step // self.n_steps]
+
+    def take_steps(self, on_step, stop):
+        """Take the steps that are left of the current epoch; return False where stop() ended them."""
+        seed, epoch = self.training["seed"], self.step // self.n_steps + 1
+        epoch_batches = batches(len(self.starts), self.training["batch_size"], seed, epoch)
+        for i in range(self.step % self.n_steps, self.n_steps):
+            batch = epoch_batches[i]
+            began = time.perf_counter()
+            self.step += 1
+            self.losses[i] = self.team.compute_gradients(self.starts[batch], self.lengths[batch], (seed, self.step))
+            self.team.update(self.step, self.training["lr"])
+            self.seconds += time.perf_counter() - began
+            if on_step:
+                on_step(epoch, i + 1, self.n_steps, self.losses[i])
+            if i + 1 < self.n_steps and stop and stop():
+                self.save_state()
+                if not self.records:
+                    self.save_checkpoint()
+                return False
+        return True
+
+    def close_epoch(self, sequence, valid):
+        """Rank the validation targets, add the epoch's record, keep the parameters if they are the best so far."""
+        began = time.perf_counter()
+        losses = backend.to_host(self.losses)  # waits for the device: all steps are done after it
+        self.seconds += time.perf_counter() - began
+        check_finite(losses, self.step - self.n_steps, self.training)
+        parameters = views(self.team.parameters, self.config)
+        with worker_map(self.training["workers"], self.team.xp) as run_map:
+            ranks = np.concatenate(list(rank_targets(parameters, self.config, sequence, valid, run=run_map)))
+        epoch = {"epoch": len(self.records) + 1, "loss": float(losses.mean()), "steps": self.n_steps}
+        self.records.append(epoch | {"train_seconds": self.seconds} | metrics(ranks))
+        self.seconds = 0.0
+        if best(self.records) is self.records[-1]:
+            self.save_checkpoint()
+        # The state comes last: a run killed before it repeats this epoch, to the same bits.
+        runs.write_json_lines(self.folder / "metrics.jsonl", self.records)
+        self.save_state()
+
+    def save_checkpoint(self):
+        runs.write_arrays(self.folder / "checkpoint.npz", views(backend.to_host(self.team.parameters), self.config))
+
+    def save_state(self):
+        arrays = {name: backend.to_host(getattr(self.team, name)) for name in Memory.NAMES}
+        arrays |= {"losses": backend.to_host(self.losses), "step": np.int64(self.step)}
+        runs.write_arrays(self.folder / "state.npz", arrays | {"seconds": np.float64(self.seconds)})
 
 
 def initial_state(config, seed, n_steps):

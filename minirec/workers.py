@@ -274,7 +274,7 @@ class Team:
         keep_freed_memory()
         memory = Memory(config, xp, sampling.rows(config.n_items) if sampling else config.n_items)
         n = min(n, memory.lanes)
-        self.lead = Worker(memory, config, sequence, sampling, xp, 0, n)
+        self.xp, self.lead = xp, Worker(memory, config, sequence, sampling, xp, 0, n)
         self.__dict__.update(memory.arrays())
         self.connections, self.processes = [], []
         for rank in range(1, n):

@@ -56,6 +56,30 @@ def test_the_core_stays_under_its_limit():
     assert sum(sizes.values()) < CORE_LINES
 
 
+def readme_blocks(language):
+    """The fenced blocks of the README in one language."""
+    return [part.split("\n```")[0] for part in (ROOT / "README.md").read_text().split(f"```{language}\n")[1:]]
+
+
+def test_the_readme_quotes_the_source_as_it_is():
+    sources = "".join(path.read_text() for path in PACKAGE.glob("*.py"))
+    quotes = [block for block in readme_blocks("python") if block.startswith("    ")]
+    assert len(quotes) == 2
+    for quote in quotes:
+        assert quote in sources
+
+
+def test_the_readme_example_runs():
+    (example,) = (block for block in readme_blocks("python") if not block.startswith("    "))
+    names = {}
+    exec(example, names)  # our own words, in this repository
+    assert names["ratios"].shape == (6,) and len(names["representations"]) == 2
+
+
+def test_the_readme_opens_with_two_commands_of_one_line():
+    assert [len(block.splitlines()) for block in readme_blocks("bash")[:2]] == [1, 1]
+
+
 def test_only_backend_imports_cupy():
     for path in (*PACKAGE.glob("*.py"), ROOT / "cli.py"):
         assert path.stem == "backend" or "import cupy" not in path.read_text(), path
