@@ -5,6 +5,7 @@ import difflib
 import io
 import json
 import math
+import os
 import platform
 import re
 import signal
@@ -81,13 +82,21 @@ def comma_list(text):
 
 
 @contextmanager
-def progress(label, length):
-    """Yield update(n, text), which moves a bar on stderr; without a terminal nothing is drawn."""
-    if not sys.stderr.isatty():
+def progress(label, length, least=0):
+    """Yield update(n, text), which moves a bar on stderr; without a terminal, or below `least`, nothing is drawn."""
+    if not sys.stderr.isatty() or length < least:
         yield lambda n, text=None: None
         return
     with click.progressbar(length=length, label=label, file=sys.stderr, item_show_func=lambda text: text) as bar:
         yield bar.update
+
+
+@contextmanager
+def reading(path):
+    """Yield what data.read_log calls with the bytes that it has read; a bar for files that take a while."""
+    size = os.path.getsize(path) if os.path.isfile(path) else 0
+    with progress(f"reading {path}", size, least=1 << 24) as update:
+        yield update
 
 
 def run_argument(command):
@@ -114,7 +123,8 @@ class Run:
         self.data = data
 
     def log(self):
-        return runs.load_run_log(self.folder, self.settings, self.data)
+        with reading(self.data or self.settings["data"]["path"]) as update:
+            return runs.load_run_log(self.folder, self.settings, self.data, update)
 
     def items(self):
         return runs.load_items(self.folder, self.config)
@@ -175,7 +185,8 @@ def train(ctx, out, resume, as_json, **options):
     if resume and (folder / "config.json").exists():
         _take_over(ctx, options, runs.load_settings(folder))
     source = {"path": options["data"], "format": options["format"], "columns": comma_list(options["columns"])}
-    log = runs.load_log(source)
+    with reading(source["path"]) as update:
+        log = runs.load_log(source, update)
     sizes = (options[name] for name in ("hidden", "blocks", "heads", "max_length", "dropout", "attn"))
     config = Config(len(log.items), *sizes)
     workers = options["workers"] or usable_cores()
@@ -368,8 +379,9 @@ def decompose(run, data, out, backend, workers, as_json):
     log = run.log()
     wanted = cases(log, leave_one_out(log), "test")
     histories = [log.sequence[a:b] for a, b in zip(wanted.starts, wanted.stops)]
-    with worker_map(workers or usable_cores(), run.xp) as run_map:
-        result = decompose_sequences(run.parameters, run.config, histories, run_map)
+    n_tokens = int(np.minimum(wanted.stops - wanted.starts, run.config.max_length).sum())
+    with worker_map(workers or usable_cores(), run.xp) as run_map, progress("decomposing", n_tokens) as update:
+        result = decompose_sequences(run.parameters, run.config, histories, run_map, update)
     summary = summarise(result)
     if out:
         users = np.array([log.users[u] for u in wanted.users])

@@ -36,6 +36,7 @@ FIELD = re.compile(r"[^ \t]+")
 CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 MAX_LINE_BYTES = 1 << 24
 MAX_ID_BYTES = 256
+LINES_A_REPORT = 1 << 16
 MAX_REDRAWS = 100
 SHORTEST_SPLIT = 3  # a target for test, one for validation, and something before them
 
@@ -64,10 +65,13 @@ class Log:
 
 
 class _Lines:
-    """The lines of a file, decoded and checked, that know their number: all errors name file and line."""
+    """The lines of a file, decoded and checked, that know their number: all errors name file and line.
 
-    def __init__(self, path):
-        self.path, self.number = path, 0
+    progress: called now and then with the number of the file's bytes read since the last call, or None.
+    """
+
+    def __init__(self, path, progress):
+        self.path, self.number, self.progress = path, 0, progress
 
     def fail(self, message):
         raise UserError(f"{self.path}, line {self.number}: {message}")
@@ -77,7 +81,12 @@ class _Lines:
             with open(self.path, "rb") as file:
                 zipped = file.read(2) == b"\x1f\x8b"
                 file.seek(0)
-                yield from self._decode(gzip.GzipFile(fileobj=file) if zipped else file)
+                at = 0
+                for line in self._decode(gzip.GzipFile(fileobj=file) if zipped else file):
+                    if self.progress and self.number % LINES_A_REPORT == 0:
+                        self.progress(file.tell() - at)
+                        at = file.tell()
+                    yield line
         except (gzip.BadGzipFile, EOFError, zlib.error) as error:
             raise UserError(
                 f"{self.path}: damaged gzip file after line {self.number} ({error}); fetch it again"
@@ -118,14 +127,15 @@ class _Codes(dict):
         return self[name]
 
 
-def read_log(path, format=None, columns=None):
+def read_log(path, format=None, columns=None, progress=None):
     """Read an interaction log.
 
     path: a file; format: one of FORMATS, None = recognise it; columns: names of the user, item and
-    (optionally) timestamp columns of a csv or inter file, None = recognise them.
+    (optionally) timestamp columns of a csv or inter file, None = recognise them; progress: called with
+    the number of bytes read since its last call.
     Returns a Log. Raises UserError, naming file and line, for anything that is not such a log.
     """
-    lines = _Lines(path)
+    lines = _Lines(path, progress)
     stream = iter(lines)
     first = next((line for line in stream if line.strip()), None)
     if first is None:

@@ -143,11 +143,12 @@ def block_caches(parameters, config, sequence, starts, lengths):
     return batch, cache["blocks"]
 
 
-def decompose(parameters, config, sequences, run=map):
+def decompose(parameters, config, sequences, run=map, progress=None):
     """Decompose every block at every position of the sequences.
 
     sequences: list of 1-D integer arrays, oldest item first, none empty; the last max_length items of
-    each are used. run: a workers.worker_map. Returns a dict of host arrays; tokens [N] are in the
+    each are used. run: a workers.worker_map; progress: called with the number of tokens done since its
+    last call. Returns a dict of host arrays; tokens [N] are in the
     order given, sequence after sequence, oldest position first:
         blocks      a list of {"attn", "attn_res", "attn_res_ln": [N], "entropy": [N, H],
                     "attention", "contribution": [RECENT, RECENT]}, the last two being means over
@@ -200,6 +201,8 @@ def decompose(parameters, config, sequences, run=map):
                 block[name][rows] = value
             for name, value in maps.items():
                 block[name] += value
+        if progress:
+            progress(len(rows))
     # How many sequences reach back to each cell; keys after the query are no cells at all.
     reach = np.array([(lengths >= RECENT - i).sum() for i in range(RECENT)])
     seen = np.where(np.tri(RECENT, dtype=bool), reach[None, :], 0)

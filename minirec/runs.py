@@ -184,11 +184,14 @@ def fingerprint(path):
     return digest.hexdigest()
 
 
-def load_log(source):
-    """Return the Log of {"path", "format", "columns"}; the path is a file's, or a planted dataset's name."""
+def load_log(source, progress=None):
+    """Return the Log of {"path", "format", "columns"}; the path is a file's, or a planted dataset's name.
+
+    progress: see data.read_log.
+    """
     if is_planted(source["path"]):
         return planted.DATASETS[source["path"]]()
-    return data.read_log(source["path"], source.get("format"), source.get("columns"))
+    return data.read_log(source["path"], source.get("format"), source.get("columns"), progress)
 
 
 def is_planted(path):
@@ -243,10 +246,11 @@ def load_items(folder, config):
     return items
 
 
-def load_run_log(folder, settings, data_path=None):
+def load_run_log(folder, settings, data_path=None, progress=None):
     """Return the Log that a run was trained on, read again.
 
-    data_path: where it lies now, if not where it was. Raises UserError where it is not the same log.
+    data_path: where it lies now, if not where it was; progress: see data.read_log. Raises UserError
+    where it is not the same log.
     """
     source = settings["data"] | ({"path": data_path} if data_path else {})
     try:
@@ -255,7 +259,7 @@ def load_run_log(folder, settings, data_path=None):
         raise UserError(f"{error}" if data_path else f"{error}; say where the log is now with --data") from None
     if found != source["sha256"]:
         raise UserError(f"{source['path']}: not the log that {folder} was trained on; name that one with --data")
-    log = load_log(source)
+    log = load_log(source, progress)
     if log.items != load_items(folder, model_config(settings)):
         raise UserError(f"{folder / 'items.json'}: its items are not those of {source['path']}")
     return log
