@@ -39,6 +39,7 @@ from minirec.workers import usable_cores, worker_map
 
 DEFAULT_DATA = "household"
 TRAINING_OPTIONS = ("loss", "negatives", "epochs", "batch_size", "lr", "patience", "seed", "backend")
+SIZE = click.IntRange(1, 1 << 24)
 INTERRUPTED = 130  # the shell's exit status after Ctrl-C
 
 
@@ -59,12 +60,21 @@ class Commands(click.Group):
         try:
             return super().invoke(ctx)
         except UserError as error:
-            raise click.ClickException(str(error)) from None
+            raise click.ClickException(one_line(error)) from None
         except MemoryError:
             raise click.ClickException("out of memory; try a smaller --batch-size, --max-length or --hidden") from None
+        except BrokenPipeError:
+            raise  # the reader of stdout has had enough; click ends quietly
+        except (OSError, UnicodeError) as error:
+            raise click.ClickException(one_line(error)) from None
         except KeyboardInterrupt:
             say("stopped")
             ctx.exit(INTERRUPTED)
+
+
+def one_line(error):
+    """Return an error's message without line breaks and control characters, which names in it may hold."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in str(error))
 
 
 def say(text):
@@ -74,17 +84,22 @@ def say(text):
 
 def say_json(value):
     """Print the one JSON object that --json promises."""
-    click.echo(json.dumps(value, ensure_ascii=False, allow_nan=False))
+    click.echo(json.dumps(value, allow_nan=False))
 
 
 def comma_list(text):
     return tuple(part.strip() for part in text.split(",")) if text else None
 
 
+def on_terminal():
+    """Whether stderr is a terminal; a closed one is none."""
+    return sys.stderr is not None and sys.stderr.isatty()
+
+
 @contextmanager
 def progress(label, length, least=0):
     """Yield update(n, text), which moves a bar on stderr; without a terminal, or below `least`, nothing is drawn."""
-    if not sys.stderr.isatty() or length < least:
+    if not on_terminal() or length < least:
         yield lambda n, text=None: None
         return
     with click.progressbar(length=length, label=label, file=sys.stderr, item_show_func=lambda text: text) as bar:
@@ -158,13 +173,13 @@ def main():
     show_default=True,
     help="ce: all items; sampled: softmax over target and --negatives; bce: one unseen negative a position.",
 )
-@click.option("--negatives", type=click.IntRange(min=1), default=1024, show_default=True, help="For --loss sampled.")
+@click.option("--negatives", type=SIZE, default=1024, show_default=True, help="For --loss sampled.")
 @click.option("--epochs", type=click.IntRange(min=1), default=200, show_default=True, help="At most so many.")
-@click.option("--batch-size", type=click.IntRange(min=1), default=128, show_default=True, help="Sequences a step.")
-@click.option("--max-length", type=click.IntRange(min=1), default=50, show_default=True, help="Latest items kept.")
-@click.option("--hidden", type=click.IntRange(min=1), default=64, show_default=True, help="Hidden size D.")
-@click.option("--blocks", type=click.IntRange(min=1), default=2, show_default=True)
-@click.option("--heads", type=click.IntRange(min=1), default=2, show_default=True, help="They divide --hidden.")
+@click.option("--batch-size", type=SIZE, default=128, show_default=True, help="Sequences a step.")
+@click.option("--max-length", type=SIZE, default=50, show_default=True, help="Latest items kept.")
+@click.option("--hidden", type=SIZE, default=64, show_default=True, help="Hidden size D.")
+@click.option("--blocks", type=click.IntRange(1, 1000), default=2, show_default=True)
+@click.option("--heads", type=SIZE, default=2, show_default=True, help="They divide --hidden.")
 @click.option("--dropout", type=Number(0, 1, max_open=True), default=0.5, show_default=True)
 @click.option("--lr", type=Number(0, min_open=True), default=1e-3, show_default=True, help="Learning rate of Adam.")
 @click.option("--patience", type=click.IntRange(min=1), default=10, show_default=True, help="Epochs without a gain.")
@@ -182,16 +197,26 @@ def train(ctx, out, resume, as_json, **options):
     """
     began = time.perf_counter()
     folder = out or (runs.newest_folder("resume", "config.json") if resume else None)
-    if resume and (folder / "config.json").exists():
-        _take_over(ctx, options, runs.load_settings(folder))
+    given = ctx.get_parameter_source("data") is not ParameterSource.DEFAULT
+    before = runs.load_settings(folder) if resume and os.path.exists(folder / "config.json") else None
+    if before:
+        _take_over(ctx, options, before)
+        runs.find_log(folder, before, options["data"] if given else None)
     source = {"path": options["data"], "format": options["format"], "columns": comma_list(options["columns"])}
+    source["sha256"] = runs.fingerprint(source["path"])
+    if not runs.is_planted(source["path"]):
+        source["path"] = os.path.abspath(source["path"])
+    sizes = [options[name] for name in ("hidden", "blocks", "heads", "max_length", "dropout", "attn")]
+    try:
+        Config(1, *sizes)
+    except UserError as error:
+        raise click.UsageError(str(error)) from None
     with reading(source["path"]) as update:
         log = runs.load_log(source, update)
-    sizes = (options[name] for name in ("hidden", "blocks", "heads", "max_length", "dropout", "attn"))
     config = Config(len(log.items), *sizes)
     workers = options["workers"] or usable_cores()
     settings = {
-        "data": source | {"sha256": runs.fingerprint(source["path"])},
+        "data": source,
         "model": asdict(config),
         "training": {name: options[name] for name in TRAINING_OPTIONS} | {"workers": workers},
         "versions": {"minirec": minirec.__version__, "python": platform.python_version(), "numpy": np.__version__},
@@ -267,7 +292,7 @@ def interruptible():
 def _train_with_progress(log, settings, folder, resume, asked_to_stop):
     """Train under a bar that shows epoch, loss, validation and speed; without a terminal, a line an epoch."""
     epochs, shown, records = settings["training"]["epochs"], {"at": time.perf_counter(), "steps": 0}, []
-    terminal = sys.stderr.isatty()
+    terminal = on_terminal()
     with progress("training", epochs) as update:
 
         def on_step(epoch, i, n_steps, loss):
@@ -301,7 +326,13 @@ def _evaluate(run, log, config, part, filter_seen, workers):
             ranks.append(chunk)
             update(len(chunk))
     ranks = np.concatenate(ranks)
-    return {"split": part} | metrics(ranks) | {"users": len(ranks), "unreachable": int((ranks >= MISS).sum())}
+    unreachable = int((ranks >= MISS).sum())
+    if unreachable:
+        say(
+            f"{unreachable:,} of {len(ranks):,} targets are items the user had before: "
+            "with --filter-seen they cannot be hit and count as misses"
+        )
+    return {"split": part} | metrics(ranks) | {"users": len(ranks), "unreachable": unreachable}
 
 
 def metrics_table(values, title):
@@ -330,7 +361,7 @@ def evaluate(run, data, split, filter_seen, attn, attn_blocks, backend, workers,
     \b
     python cli.py evaluate runs/household-softmax-1 --attn uniform --attn-blocks 1
     """
-    if attn_blocks and not attn:
+    if attn_blocks is not None and not attn:
         raise click.UsageError("--attn-blocks says where; --attn must say what to put there.")
     run = Run(run, "evaluate", backend, data)
     config = run.config
@@ -338,11 +369,6 @@ def evaluate(run, data, split, filter_seen, attn, attn_blocks, backend, workers,
         config = replace(config, attn=_substitute(config, attn, attn_blocks))
     result = _evaluate(run, run.log(), config, split, filter_seen, workers)
     weightings = config.weightings if len(set(config.weightings)) > 1 else config.weightings[:1]
-    if result["unreachable"]:
-        say(
-            f"{result['unreachable']:,} of {result['users']:,} targets are items the user had before: "
-            "with --filter-seen they cannot be hit and count as misses"
-        )
     if as_json:
         say_json(result | {"attn": list(config.weightings), "filter_seen": filter_seen})
     else:
@@ -354,8 +380,9 @@ def _substitute(config, attn, attn_blocks):
     if attn_blocks is None:
         return (attn,) * config.n_blocks
     weightings = list(config.weightings)
-    for text in comma_list(attn_blocks):
-        if not text.isdecimal() or int(text) >= config.n_blocks:
+    for text in attn_blocks.split(","):
+        text = text.strip()
+        if text not in map(str, range(config.n_blocks)):
             raise click.UsageError(f"--attn-blocks: {text!r} is no block; this run has 0 to {config.n_blocks - 1}.")
         weightings[int(text)] = attn
     return tuple(weightings)
@@ -458,6 +485,8 @@ def recommend(run, data, user, history, everyone, top, explain, out, backend, wo
         sequence = log.history(log.users.index(user))
         say(f"user {user}, {len(sequence)} items")
     ((order, scores),) = recommend_items(run.parameters, run.config, [sequence], top)
+    if np.isneginf(scores[0]).all():
+        say("nothing to recommend: the history holds every item")
     for rank, (item, score) in enumerate(zip(order[0], scores[0]), 1):
         if score > -np.inf:
             click.echo(f"{rank:4d}  {items[item]:<30} {score:8.3f}")
@@ -468,7 +497,8 @@ def recommend(run, data, user, history, everyone, top, explain, out, backend, wo
 def _known_items(history, items):
     """Return the item numbers of a history "a,b,c"; unknown ones are named and skipped."""
     numbers = {name: i for i, name in enumerate(items)}
-    names = comma_list(history) or ()
+    fields = next(csv.reader([history]), [])  # an id with a comma can be quoted
+    names = [field if field in numbers else field.strip() for field in fields]
     unknown = [name for name in names if name not in numbers]
     known = np.array([numbers[name] for name in names if name in numbers], int)
     if unknown and len(known):
@@ -483,7 +513,7 @@ def _known_items(history, items):
 
 def _explain(run, sequence, items, most=10):
     """Print the AttnResLN contribution norms to the latest position, as shares a block."""
-    shares = [norms[-1] / norms[-1].sum() for norms in contributions(run.parameters, run.config, sequence)]
+    shares = [norms[-1] / max(norms[-1].sum(), 1e-30) for norms in contributions(run.parameters, run.config, sequence)]
     recent = sequence[-run.config.max_length :]
     click.echo(f"\n{'share of the last position':<36}" + "".join(f"{'block ' + str(i):>9}" for i in range(len(shares))))
     for j in sorted(range(len(recent)), key=lambda j: -sum(share[j] for share in shares))[:most]:

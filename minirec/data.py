@@ -26,8 +26,19 @@ import numpy as np
 from minirec.errors import UserError
 
 FORMATS = ("lines", "pairs", "inter", "csv")
-COLUMN_NAMES = {  # lower case, without _ - and spaces
-    "user": ("user", "userid", "uid", "reviewerid", "customer", "customerid", "visitorid", "sessionid"),
+COLUMN_NAMES = {  # lower case, without _ - and spaces; the first that a header has is taken
+    "user": (
+        "user",
+        "userid",
+        "uid",
+        "reviewerid",
+        "customer",
+        "customerid",
+        "visitorid",
+        "account",
+        "session",
+        "sessionid",
+    ),
     "item": ("item", "itemid", "iid", "asin", "parentasin", "product", "productid", "movieid", "artistid", "trackid"),
     "timestamp": ("timestamp", "time", "ts", "unixreviewtime", "unixtime", "datetime", "date"),
 }
@@ -121,6 +132,8 @@ class _Codes(dict):
     def __missing__(self, name):
         if not name.strip():
             self.lines.fail(f"empty {self.what}")
+        if "\n" in name:
+            self.lines.fail(f"a line break in the {self.what} id {_shown(name)}")
         if len(name.encode()) > MAX_ID_BYTES:
             self.lines.fail(f"{self.what} id of {len(name.encode())} bytes: at most {MAX_ID_BYTES} are accepted")
         self[name] = len(self)
@@ -141,7 +154,11 @@ def read_log(path, format=None, columns=None, progress=None):
     if first is None:
         raise UserError(f"{path}: the file is empty")
     stream = itertools.chain([first], stream)
+    if columns and not 2 <= len(set(columns)) == len(columns) <= 3:
+        raise UserError(f"--columns {','.join(columns)}: expected two or three different names, USER,ITEM[,TIME]")
     header = _find_header(first, format, columns)
+    if header is None and format is None and _looks_like_header(first):
+        lines.fail(f"a header whose columns are separated by spaces, {_shown(first)}; use tabs or commas")
     if header is None and columns:
         raise UserError(f"{path}: no columns {', '.join(columns)} in its first line, {_shown(first)}")
     users, items = _Codes(lines, "user"), _Codes(lines, "item")
@@ -171,7 +188,7 @@ def _read_lines(lines, stream, users, items, format):
     in lines a user comes once, in pairs a line has two fields. A file with neither is neither."""
     user_of, item_of = array("i"), array("i")
     many_fields = format == "lines"
-    repeated_user = format == "pairs"
+    repeated = None  # the first user with a second line, and the line's number
     for line in stream:
         name, *names = FIELD.findall(line) or [None]
         if name is None:
@@ -179,10 +196,12 @@ def _read_lines(lines, stream, users, items, format):
         if not names:
             lines.fail(f"expected `user item item ...`, or a header naming user and item columns; found {_shown(line)}")
         many_fields |= len(names) > 1
-        repeated_user |= name in users
-        if many_fields and repeated_user:
-            if format == "pairs":
-                lines.fail(f"expected `user item`, found {1 + len(names)} fields")
+        if format == "pairs" and many_fields:
+            lines.fail(f"expected `user item`, found {1 + len(names)} fields")
+        if name in users:
+            repeated = repeated or (name, lines.number)
+        if many_fields and repeated:
+            name, lines.number = repeated
             lines.fail(
                 f"user {_shown(name)} has a line already; a table of one interaction a line needs exactly "
                 "`user item`, or a header naming its columns"
@@ -192,6 +211,13 @@ def _read_lines(lines, stream, users, items, format):
             user_of.append(code)
             item_of.append(items[item])
     return user_of, item_of, None
+
+
+def _looks_like_header(line):
+    """Whether a line of two or three words consists of column names."""
+    known = {name for names in COLUMN_NAMES.values() for name in names}
+    words = [re.sub("[_-]", "", word.lower()) for word in FIELD.findall(line)]
+    return 2 <= len(words) <= 3 and set(words) <= known and len(set(words)) == len(words)
 
 
 class _Header(NamedTuple):
@@ -206,15 +232,19 @@ def _find_header(line, format, columns):
     if format in ("lines", "pairs"):
         return None
     inter = format == "inter" or ":token" in line
+    csv.field_size_limit(MAX_LINE_BYTES)
     for delimiter in "\t" if inter else DELIMITERS:
-        names = next(csv.reader([line], delimiter=delimiter), [])
+        try:
+            names = next(csv.reader([line], delimiter=delimiter), [])
+        except csv.Error:
+            continue
         names = [name.split(":")[0] if inter else name.strip() for name in names]
         if columns:
             places = [names.index(column) if column in names else None for column in columns]
         else:
             plain = [re.sub("[ _-]", "", name.lower()) for name in names]
             places = [
-                next((i for i, name in enumerate(plain) if name in known), None) for known in COLUMN_NAMES.values()
+                next((plain.index(name) for name in known if name in plain), None) for known in COLUMN_NAMES.values()
             ]
             if places[2] is None:
                 places.pop()
@@ -229,6 +259,7 @@ def _read_table(lines, stream, users, items, header):
         first = next(stream)
         lines.fail(f"no user and item columns in the header {_shown(first)}; name them with --columns USER,ITEM[,TIME]")
     user_of, item_of, times = array("i"), array("i"), array("q")
+    stream = (line + "\n" for line in stream)  # a quoted field may hold line breaks
     reader = csv.reader(stream, delimiter=header.delimiter, quoting=header.quoting, strict=True)
     next(reader)
     try:

@@ -116,7 +116,9 @@ def contribution_norms(cache, p, group, place, recent=None):
         q = t[:, h]
         for earlier in basis:
             q = q - earlier * (earlier * q).sum(axis=-1, keepdims=True)
-        q = q / xp.maximum(norms(q), TINY)[..., None]  # [g, n, D]
+        size, least = norms(q), 100 * xp.finfo(q.dtype).eps * norms(t[:, h])
+        # What is left of a vector that depends on the earlier ones is rounding: no direction of its own.
+        q = q * ((size > least) / xp.maximum(size, TINY))[..., None]  # [g, n, D]
         basis.append(q)
         row = 0
         for other in range(h, n_heads):

@@ -57,6 +57,7 @@ def rank_targets(parameters, config, sequence, cases, filter_seen=True, run=map)
     Yields the ranks chunk by chunk, as arrays on the host, in order: 0 = best, MISS = no candidate.
     """
     xp = get_array_module(parameters["item_embedding"])
+    items = parameters["item_embedding"]
     rows = max(16, plan(xp).loss_bytes // (4 * config.n_items))
 
     def rank(chunk):
@@ -67,8 +68,10 @@ def rank_targets(parameters, config, sequence, cases, filter_seen=True, run=map)
             scores = candidate_scores(parameters, x[part], sequence, starts[part], stops[part], filter_seen)
             target = to_device(sequence[stops[part]], xp)
             score = scores[xp.arange(len(target)), target][:, None]  # [c, 1]
-            # Whoever is not strictly below the target stands before it: a tie is never in its favour.
-            ahead = config.n_items - (scores < score).sum(axis=1) - 1  # [c], the target itself apart
+            # Whoever is not clearly below the target stands before it: a tie is never in its favour, also
+            # where equal sums were rounded differently in different columns of the product.
+            rounding = 16 * xp.finfo(x.dtype).eps * (abs(x[part]) * abs(items[target])).sum(axis=1)[:, None]
+            ahead = config.n_items - (scores < score - rounding).sum(axis=1) - 1  # [c], the target itself apart
             ranks.append(xp.where(xp.isfinite(score[:, 0]), ahead, MISS))
         return to_host(xp.concatenate(ranks))
 

@@ -64,13 +64,14 @@ class Config:
 
     def __post_init__(self):
         for name in ("n_items", "hidden_size", "n_blocks", "n_heads", "max_length"):
-            if not getattr(self, name) >= 1:
-                raise UserError(f"{name} is {getattr(self, name)}: it must be at least 1")
+            value = getattr(self, name)
+            if not isinstance(value, (int, np.integer)) or value < 1:
+                raise UserError(f"{name} is {value!r}: it must be a whole number of at least 1")
         if self.hidden_size % self.n_heads:
             raise UserError(
                 f"{self.n_heads} heads do not divide hidden size {self.hidden_size}: choose a number of heads that does"
             )
-        if not 0 <= self.dropout < 1:
+        if not isinstance(self.dropout, (int, float)) or not 0 <= self.dropout < 1:
             raise UserError(f"dropout is {self.dropout}: it must lie in [0, 1)")
         for weighting in self.weightings:
             if weighting not in WEIGHTINGS:

@@ -14,14 +14,16 @@ followed, and that only while the log's fingerprint still matches.
 import contextlib
 import hashlib
 import json
+import math
 import os
-import zipfile
 from pathlib import Path
 
 import numpy as np
 
 from minirec import data, planted
+from minirec.backend import BACKENDS
 from minirec.errors import UserError
+from minirec.loss import LOSSES
 from minirec.model import Config, parameter_count, parameter_shapes
 
 FILES = ("config.json", "items.json", "metrics.jsonl", "checkpoint.npz", "state.npz")
@@ -29,18 +31,25 @@ RUNS = Path("runs")
 
 
 def write(path, fill):
-    """Write a file by fill(file): all of it, or, whatever happens, none."""
+    """Write a file by fill(file): all of it, or, whatever happens, none. A link's target is written, a device into."""
+    path = Path(os.path.realpath(path))
     temporary = path.with_name(f".{path.name}.tmp")
     try:
+        if os.path.exists(path) and not os.path.isfile(path):  # /dev/stdout, a pipe; a folder fails here
+            with open(path, "wb") as file:
+                fill(file)
+            return
         with open(temporary, "wb") as file:
             fill(file)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except OSError as error:
+    except BaseException as error:
         with contextlib.suppress(OSError):
             temporary.unlink()
-        raise UserError(f"{path}: cannot be written ({error.strerror or error})") from None
+        if isinstance(error, OSError):
+            raise UserError(f"{path}: cannot be written ({error.strerror or error})") from None
+        raise
     if hasattr(os, "O_DIRECTORY"):  # the rename itself must reach the disk too
         folder = os.open(path.parent, os.O_DIRECTORY)
         os.fsync(folder)
@@ -49,7 +58,7 @@ def write(path, fill):
 
 def write_json(path, value):
     """Write a JSON file; NaN and infinity are refused."""
-    text = json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+    text = json.dumps(value, indent=1, allow_nan=False) + "\n"
     write(path, lambda file: file.write(text.encode()))
 
 
@@ -70,7 +79,7 @@ def read_json(path):
         return json.loads(path.read_text("utf-8"))
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror or error})") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: not valid JSON ({error})") from None
 
 
@@ -80,7 +89,7 @@ def read_json_lines(path):
         return []
     try:
         return [json.loads(line) for line in path.read_text("utf-8").splitlines()]
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path}: not readable as JSON lines ({error})") from None
 
 
@@ -91,8 +100,9 @@ def read_arrays(path):
             return {name: file[name] for name in file.files}
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
-    except (OSError, ValueError, EOFError, AttributeError, zipfile.BadZipFile) as error:
-        raise UserError(f"{path}: not a readable npz file ({str(error).splitlines()[0]})") from None
+    except Exception as error:  # a damaged zip raises errors of many kinds
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise UserError(f"{path}: not a readable npz file ({reason})") from None
 
 
 # Folders
@@ -119,7 +129,7 @@ def newest_folder(command, holding="checkpoint.npz"):
     folders = [path.parent for path in RUNS.glob(f"*/{holding}")]
     if not folders:
         raise UserError(f"no run in {RUNS}/ to {command}; make one with: python cli.py train")
-    return max(folders, key=lambda folder: max(f.stat().st_mtime_ns for f in folder.iterdir()))
+    return max(folders, key=lambda folder: max(f.lstat().st_mtime_ns for f in folder.iterdir()))
 
 
 @contextlib.contextmanager
@@ -156,9 +166,11 @@ def _locked(folder):
     handle = os.open(folder, os.O_RDONLY)  # a lock on the folder itself leaves no file behind
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
+    except BlockingIOError:
         os.close(handle)
         raise UserError(f"{folder}: in use by another process; wait for it, or choose another --out") from None
+    except OSError:
+        pass  # some network file systems know no locks
     try:
         yield
     finally:
@@ -174,8 +186,8 @@ def fingerprint(path):
         return planted.DATASETS[path]().sha256()
     digest = hashlib.sha256()
     try:
-        if not os.path.isfile(path):
-            raise FileNotFoundError(2, "no such file")
+        if os.path.exists(path) and not os.path.isfile(path):
+            raise UserError(f"{path}: not a regular file; save the log to one")
         with open(path, "rb") as file:
             while chunk := file.read(1 << 20):
                 digest.update(chunk)
@@ -196,20 +208,46 @@ def load_log(source, progress=None):
 
 def is_planted(path):
     """Whether a log's path is the name of a planted dataset; a file of that name goes first."""
-    return path in planted.DATASETS and not os.path.exists(path)
+    return path in planted.DATASETS and not os.path.isfile(path)
+
+
+def _number(least, kinds=int):
+    return lambda x: isinstance(x, kinds) and not isinstance(x, bool) and least <= x < math.inf
+
+
+def _text(x):
+    return isinstance(x, str)
+
+
+SETTINGS = {  # what config.json must hold beside the model's Config; a rule says whether a value will do
+    "data": {
+        "path": _text,
+        "sha256": _text,
+        "format": lambda x: x is None or x in data.FORMATS,
+        "columns": lambda x: x is None or isinstance(x, list) and all(map(_text, x)),
+    },
+    "training": {
+        "loss": lambda x: x in LOSSES,
+        "backend": lambda x: x in BACKENDS,
+        "lr": _number(0, (int, float)),
+        "seed": _number(0),
+    }
+    | {name: _number(1) for name in ("negatives", "epochs", "batch_size", "patience", "workers")},
+}
 
 
 def load_settings(folder):
     """Return a run's config.json. Raises UserError where the folder is not a run."""
-    if not (folder / "config.json").exists():
+    if not os.path.exists(folder / "config.json"):
         raise UserError(f"{folder}: not a run folder (no config.json); python cli.py train makes one")
     settings = read_json(folder / "config.json")
     try:
         model_config(settings)
-        for key in ("path", "sha256"):
-            if not isinstance(settings["data"][key], str):
-                raise TypeError(f"data {key}")
-    except (KeyError, TypeError, AttributeError) as error:
+        for part, rules in SETTINGS.items():
+            for name, rule in rules.items():
+                if not rule(settings[part].get(name)):
+                    raise ValueError(f"{part} {name}: {settings[part].get(name)!r}")
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise UserError(f"{folder / 'config.json'}: not a run's settings ({error})") from None
     return settings
 
@@ -222,7 +260,7 @@ def model_config(settings):
 def load_parameters(folder, config, xp=np):
     """Return the parameters in checkpoint.npz as {name: array} on module xp, names and shapes verified."""
     path = folder / "checkpoint.npz"
-    if not path.exists():
+    if not os.path.exists(path):
         raise UserError(f"{path}: no such file; the run has not finished an epoch: train --resume --out {folder}")
     arrays = read_arrays(path)
     shapes = parameter_shapes(config)
@@ -235,6 +273,8 @@ def load_parameters(folder, config, xp=np):
             raise UserError(
                 f"{path}: {name} is {arrays[name].dtype} {arrays[name].shape}, expected float32 {shapes[name]}"
             )
+        if not np.isfinite(arrays[name]).all():
+            raise UserError(f"{path}: {name} holds values that are not finite; train the run again")
     return {name: xp.asarray(arrays[name]) for name in shapes}
 
 
@@ -246,11 +286,10 @@ def load_items(folder, config):
     return items
 
 
-def load_run_log(folder, settings, data_path=None, progress=None):
-    """Return the Log that a run was trained on, read again.
+def find_log(folder, settings, data_path=None):
+    """Return where a run's log lies, as load_log takes it; data_path: where it lies now, if not where it was.
 
-    data_path: where it lies now, if not where it was; progress: see data.read_log. Raises UserError
-    where it is not the same log.
+    Raises UserError where it is not the same log: nothing but its fingerprint is looked at before.
     """
     source = settings["data"] | ({"path": data_path} if data_path else {})
     try:
@@ -259,9 +298,14 @@ def load_run_log(folder, settings, data_path=None, progress=None):
         raise UserError(f"{error}" if data_path else f"{error}; say where the log is now with --data") from None
     if found != source["sha256"]:
         raise UserError(f"{source['path']}: not the log that {folder} was trained on; name that one with --data")
-    log = load_log(source, progress)
+    return source
+
+
+def load_run_log(folder, settings, data_path=None, progress=None):
+    """Return the Log that a run was trained on, read again (see find_log, data.read_log)."""
+    log = load_log(find_log(folder, settings, data_path), progress)
     if log.items != load_items(folder, model_config(settings)):
-        raise UserError(f"{folder / 'items.json'}: its items are not those of {source['path']}")
+        raise UserError(f"{folder / 'items.json'}: its items are not those of the log")
     return log
 
 
@@ -291,11 +335,29 @@ def load_state(folder, settings, n_steps):
                 f"{folder}: was trained with {name} {found.get(name)}, not {wanted[name]}; resume it as it began"
             )
     state = read_arrays(path)
+    damaged = UserError(f"{path}: not the state of such a run; delete it to start afresh")
     sizes = {"P": (parameter_count(model_config(settings)),), "S": (n_steps,), "": ()}
     for name, size in STATE_SHAPES.items():
-        if name not in state or state[name].shape != sizes[size]:
-            raise UserError(f"{path}: {name} is missing or of the wrong shape; delete the file to start afresh")
+        kind = "iu" if name == "step" else "f"
+        if name not in state or state[name].shape != sizes[size] or state[name].dtype.kind not in kind:
+            raise damaged
+    if state["step"] < 0:
+        raise damaged
     return state
+
+
+def load_records(folder, n):
+    """Return the first n records of metrics.jsonl: those of the epochs that the state has behind it.
+
+    More of them are of a run that was killed before it wrote its state; fewer cannot be.
+    """
+    records = read_json_lines(folder / "metrics.jsonl")[:n]
+    for epoch in range(1, n + 1):
+        record = records[epoch - 1] if epoch <= len(records) else None
+        numbers = isinstance(record, dict) and all(isinstance(x, (int, float)) for x in record.values())
+        if not numbers or record.get("epoch") != epoch or "NDCG@10" not in record:
+            raise UserError(f"{folder / 'metrics.jsonl'}: epoch {epoch} is missing or damaged; start a new run")
+    return records
 
 
 def fixed_settings(settings):

@@ -80,7 +80,7 @@ class Progress:
             getattr(team, name)[...] = backend.to_device(state[name], team.xp)
         self.losses = backend.to_device(state["losses"], team.xp)
         self.step, self.seconds = int(state["step"]), float(state["seconds"])  # steps in all, seconds of this epoch
-        self.records = runs.read_json_lines(folder / "metrics.jsonl")[: self.step // self.n_steps]
+        self.records = runs.load_records(folder, self.step // self.n_steps)
 
     def take_steps(self, on_step, stop):
         """Take the steps that are left of the current epoch; return False where stop() ended them."""
@@ -107,7 +107,8 @@ class Progress:
         began = time.perf_counter()
         losses = backend.to_host(self.losses)  # waits for the device: all steps are done after it
         self.seconds += time.perf_counter() - began
-        check_finite(losses, self.step - self.n_steps, self.training)
+        finite = bool(self.team.xp.isfinite(self.team.parameters).all())
+        check_finite(losses if finite else np.append(losses, np.nan), self.step - self.n_steps, self.training)
         parameters = views(self.team.parameters, self.config)
         with worker_map(self.training["workers"], self.team.xp) as run_map:
             ranks = np.concatenate(list(rank_targets(parameters, self.config, sequence, valid, run=run_map)))

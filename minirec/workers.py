@@ -36,6 +36,7 @@ from minirec.optimizer import adam_step
 UPDATE_SIZE = 1 << 16  # parameters that Adam updates at a time: they and their moments stay in cache
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # from glibc's malloc.h
 MALLOC_KEEPS = 64 << 20  # bytes
+SMALLER = "try a smaller --hidden or --max-length, or --loss sampled for many items"
 # A forked worker starts at once and shares the log's memory, but not every system's BLAS survives a fork.
 PROCESSES = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
 
@@ -129,10 +130,13 @@ def shared_floats(n):
         if size > available:
             raise UserError(
                 f"parameters, moments and gradients take {size / 1e9:.0f} GB, the machine has {available / 1e9:.0f}: "
-                "try a smaller --hidden or --max-length, or --loss sampled for many items"
+                + SMALLER
             )
     if PROCESSES.get_start_method() == "fork":
-        return mmap.mmap(-1, size)  # belongs to no file: nothing is left behind, no small /dev/shm can overflow
+        try:
+            return mmap.mmap(-1, size)  # belongs to no file: nothing is left behind, no small /dev/shm can overflow
+        except OSError as error:
+            raise UserError(f"no {size / 1e9:.1f} GB for the parameters ({error.strerror}); {SMALLER}") from None
     return PROCESSES.RawArray(ctypes.c_float, n)
 
 
@@ -205,7 +209,8 @@ class Worker:
 
         Returns config, parameters, sequence, starts and negatives, all in terms of the small table.
         """
-        negatives = self.sampling.draw(generator(np, *key), self.config.n_items, starts, lengths)
+        stream = generator(np, *key, len(self.gradients))  # of a lane that does not exist: no dropout shares it
+        negatives = self.sampling.draw(stream, self.config.n_items, starts, lengths)
         flat, starts = windows_end_to_end(self.sequence, starts, lengths)
         table, renumbered = np.unique(np.concatenate([flat, negatives]), return_inverse=True)
         self.table = to_device(table, self.xp)
@@ -247,13 +252,13 @@ def sum_lanes(gradients):
     return gradients[0]
 
 
-def serve(connection, others, *worker):
-    """A worker process: do what the parent sends until it closes the connection, or is gone."""
+def serve(connection, others, memory, config, sequence, sampling, rank, n):
+    """A worker process, on NumPy: do what the parent sends until it closes the connection, or is gone."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent to handle
     for other in others:  # copies of the parent's ends, which would keep the connections open after it
         other.close()
     with threadpool_limits(1, "blas"), contextlib.suppress(EOFError, OSError):
-        worker = Worker(*worker)
+        worker = Worker(memory, config, sequence, sampling, np, rank, n)
         while True:
             method, arguments = connection.recv()
             try:
@@ -281,7 +286,7 @@ class Team:
             ours, theirs = PROCESSES.Pipe()
             self.connections.append(ours)
             others = self.connections if PROCESSES.get_start_method() == "fork" else []
-            arguments = (theirs, others, memory, config, sequence, sampling, xp, rank, n)
+            arguments = (theirs, others, memory, config, sequence, sampling, rank, n)
             self.processes.append(PROCESSES.Process(target=serve, args=arguments, daemon=True))
             self.processes[-1].start()
             theirs.close()  # so that the connection breaks if the worker dies

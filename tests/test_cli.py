@@ -151,7 +151,7 @@ MISTAKES = {
     "missing log": (["train", "--data", "nowhere.txt"], 1, "nowhere.txt"),
     "missing run": (["evaluate", "nowhere"], 1, "not a run folder"),
     "folder without a run": (["decompose", "."], 1, "not a run folder"),
-    "heads": (["train", "--heads", 3], 1, "3 heads do not divide"),
+    "heads": (["train", "--heads", 3], 2, "3 heads do not divide"),
     "no epochs": (["train", "--epochs", 0], 2, "--epochs"),
     "negative batch": (["train", "--batch-size", -1], 2, "--batch-size"),
     "NaN rate": (["train", "--lr", "nan"], 2, "--lr"),
@@ -161,8 +161,11 @@ MISTAKES = {
     "unknown weighting": (["train", "--attn", "linear"], 2, "softmax"),
     "negative seed": (["train", "--seed", -1], 2, "--seed"),
     "no GPU": (["train", "--backend", "cupy"], 1, "--backend numpy"),
-    "a model beyond memory": (["train", "--max-length", 10**9], 1, "--max-length"),
-    "an endless log": (["train", "--data", "/dev/zero"], 1, "longer than"),
+    "a model beyond memory": (["train", "--max-length", 1 << 24, "--hidden", 1 << 10], 1, "--max-length"),
+    "sizes beyond numbers": (["train", "--hidden", 10**400], 2, "--hidden"),
+    "one column": (["train", "--data", "log.txt", "--columns", "user"], 1, "two or three"),
+    "no block named": (["evaluate", "RUN", "--attn", "uniform", "--attn-blocks", ""], 2, "--attn-blocks"),
+    "an endless log": (["train", "--data", "/dev/zero"], 1, "not a regular file"),
     "unknown columns": (["train", "--data", "log.txt", "--columns", "a,b"], 1, "no columns a, b"),
     "out is a file": (["train", "--data", "log.txt", "--out", "log.txt"], 1, "log.txt"),
     "attn-blocks without attn": (["evaluate", "RUN", "--attn-blocks", "0"], 2, "--attn"),
@@ -198,6 +201,41 @@ def test_a_loss_that_is_not_finite_ends_in_one_line(tmp_path):
     assert process.returncode == 1 and "--resume" in process.stderr
 
 
+@pytest.mark.parametrize("command", [("evaluate", "run"), ("train", "--resume", "--out", "run")])
+def test_a_path_in_a_run_is_not_looked_into_unless_its_fingerprint_matches(trained, tmp_path, command):
+    shutil.copytree(trained, tmp_path / "run")
+    (tmp_path / "secret").write_text("xyzzy:x:0:0\n")
+    settings = json.loads((tmp_path / "run/config.json").read_text())
+    settings["data"]["path"] = str(tmp_path / "secret\x1b[2J\n")
+    (tmp_path / "secret").rename(settings["data"]["path"])
+    (tmp_path / "run/config.json").write_text(json.dumps(settings))
+    process = run_cli(*command, cwd=tmp_path)
+    assert process.returncode == 1 and "--data" in process.stderr and "xyzzy" not in process.stderr
+    assert "\x1b" not in process.stderr
+
+
+def test_a_folder_named_like_the_embedded_dataset_does_no_harm(tmp_path):
+    assert run_cli("train", "--epochs", 1, "--out", "household", cwd=tmp_path).returncode == 0
+    assert run_cli("evaluate", "household", cwd=tmp_path).returncode == 0
+
+
+def test_an_id_with_a_comma_can_be_quoted_in_a_history(tmp_path):
+    log_file(tmp_path, "u1 a,1 b c d\nu2 b c d a,1\nu3 c d a,1 b\n")
+    run_cli("train", "--data", "log.txt", "--epochs", 1, "--out", "run", cwd=tmp_path)
+    process = run_cli("recommend", "run", "--history", '"a,1", b', cwd=tmp_path)
+    assert process.returncode == 0 and len(process.stdout.splitlines()) == 2
+
+
+def test_what_is_no_regular_file_is_written_into(trained, tmp_path):
+    (tmp_path / "link.csv").symlink_to(tmp_path / "real.csv")
+    run_cli("recommend", trained, "--all", "--top", 1, "--out", "link.csv", cwd=tmp_path)
+    assert (tmp_path / "link.csv").is_symlink() and (tmp_path / "real.csv").exists()
+    os.mkfifo(tmp_path / "pipe")
+    with subprocess.Popen(["cat", "pipe"], cwd=tmp_path, stdout=subprocess.PIPE) as reader:
+        run_cli("recommend", trained, "--all", "--top", 1, "--out", "pipe", cwd=tmp_path)
+        assert len(reader.communicate(timeout=30)[0].splitlines()) == 1501
+
+
 def test_a_moved_log_is_asked_for_and_found_again(tmp_path):
     path = log_file(tmp_path)
     run_cli("train", "--data", path, "--epochs", 1, "--out", "run", cwd=tmp_path)
@@ -209,9 +247,23 @@ def test_a_moved_log_is_asked_for_and_found_again(tmp_path):
     assert run_cli("evaluate", "run", "--data", "moved.txt", cwd=tmp_path).returncode == 1
 
 
-@pytest.mark.parametrize("name, content", [("config.json", "{"), ("config.json", "[]"), ("items.json", '["a"]')])
-def test_damaged_run_files_are_named(trained, tmp_path, name, content):
+DAMAGED = [
+    ("config.json", lambda text: text[:-9]),
+    ("config.json", lambda text: "[]"),
+    ("config.json", lambda text: text.replace('"hidden_size": 64', '"hidden_size": 64.0')),
+    ("config.json", lambda text: text.replace('"columns": null', '"columns": 5')),
+    ("config.json", lambda text: text.replace('"batch_size": 128', '"batch_size": 0')),
+    ("items.json", lambda text: '["a"]'),
+    ("items.json", lambda text: "[" * 100_000),
+]
+
+
+@pytest.mark.parametrize("name, damage", DAMAGED)
+def test_damaged_run_files_are_named(trained, tmp_path, name, damage):
     shutil.copytree(trained, tmp_path / "run")
-    (tmp_path / "run" / name).write_text(content)
+    path = tmp_path / "run" / name
+    damaged = damage(path.read_text())
+    assert damaged != path.read_text()
+    path.write_text(damaged)
     process = run_cli("evaluate", "run", cwd=tmp_path)
     assert process.returncode == 1 and name in process.stderr and "Traceback" not in process.stderr

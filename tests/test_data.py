@@ -54,6 +54,18 @@ def test_format_and_columns_can_be_given(tmp_path):
     assert histories(data.read_log(path, format="pairs")) == {"user": ["item", "a", "b"], "x": ["a"]}
 
 
+def test_known_column_names_go_by_preference_not_by_place(tmp_path):
+    path = tmp_path / "log"
+    path.write_text("session_id,date,user,item,timestamp\n1,9,u1,b,2\n2,9,u1,a,1\n3,9,u1,c,3\n4,0,u2,b,1\n5,0,u2,a,1\n")
+    assert histories(data.read_log(path)) == EXPECTED
+
+
+def test_a_first_line_longer_than_a_csv_field_may_be(tmp_path):
+    path = tmp_path / "log"
+    path.write_text("u1 " + "a b c " * 40_000 + "\nu2 b a\n")
+    assert len(data.read_log(path).history(0)) == 120_000
+
+
 def test_nanosecond_timestamps_are_not_rounded(tmp_path):
     path = tmp_path / "log"
     base = 1_700_000_000_000_000_000
@@ -94,8 +106,11 @@ MALFORMED = {
     "short": (b"u1 a b\nu2 b a\n", "no user has 3"),
     "lone user": (b"u1 a b c\nu2\n", "line 2: expected"),
     "headerless ratings": (b"u1 a 5\nu2 b 3\nu1 b 4\n", "line 3: user 'u1' has a line already"),
+    "pairs, then a line": (b"u1 a\nu1 b\nu2 a b c\n", "line 2: user 'u1' has a line already"),
     "unknown columns": (b"foo,bar\n1,2\n", "line 1: expected"),
     "header only": (b"user,item,time\n", "no interactions"),
+    "spaced header": (b"user_id item_id\nu1 a\nu1 b\n", "line 1: a header .* separated by spaces"),
+    "broken id": (b'user,item\nu1,"a\nb"\n', "line 3: a line break in the item id"),
     "ragged": (b"user,item\nu1,a\nu1,b,c\n", "line 3: 3 fields where the header has 2"),
     "ragged, short": (b"user,item\nu1,a\nu1\n", "line 3: 1 fields"),
     "empty item": (b"user,item\nu1,a\nu1,\n", "line 3: empty item"),

@@ -86,6 +86,16 @@ def test_contribution_norms_equal_the_naive_ones(example):
             np.testing.assert_allclose(norms, np.linalg.norm(parts, axis=-1), atol=1e-12)
 
 
+def test_contribution_norms_of_linearly_dependent_heads():
+    config = model.Config(n_items=12, hidden_size=4, n_heads=4, max_length=7)  # centring leaves rank 3
+    rng = np.random.default_rng(0)
+    parameters = {n: rng.normal(0, 0.5, s) for n, s in model.parameter_shapes(config).items()}
+    sequence = rng.integers(12, size=7)
+    found = contributions(parameters, config, sequence)
+    for norms, ((_, _, parts, _), *_) in zip(found, naive_model(config, parameters, sequence)):
+        np.testing.assert_allclose(norms, np.linalg.norm(parts, axis=-1), atol=1e-12)
+
+
 def test_heatmaps_are_means_aligned_at_the_latest_position(example):
     config, parameters, sequences = example
     result = decompose(parameters, config, sequences)

@@ -63,6 +63,15 @@ def test_ties_and_nan_never_favour_the_target(log, parameters):
     assert (ranks_of(broken, log) == evaluate.MISS).all()
 
 
+def test_a_tie_that_rounding_splits_is_still_a_tie(log, parameters):
+    split = parameters["item_embedding"].astype(np.float32)
+    split[...] = split[0]
+    split[1::2] *= 1 - 2e-7  # a rounding step below its neighbour
+    single = {name: value.astype(np.float32) for name, value in parameters.items()} | {"item_embedding": split}
+    ranks = ranks_of(single, log, filter_seen=False)
+    assert (ranks == 199).all()
+
+
 def test_substituted_weights_change_the_ranks(log, parameters):
     before = ranks_of(parameters, log)
     for attn in ("uniform", ("softmax", "identity")):

@@ -172,6 +172,25 @@ def test_a_truncated_state_is_named(small, tmp_path):
         train(log, settings, tmp_path / "run", resume=True)
 
 
+@pytest.mark.parametrize("records", [None, '{"epoch": 1}\n', "1\n2\n3\n"])
+def test_missing_or_foreign_records_are_refused(small, tmp_path, records):
+    log, settings = small
+    train(log, settings, tmp_path / "run")
+    path = tmp_path / "run/metrics.jsonl"
+    path.unlink() if records is None else path.write_text(records)
+    with pytest.raises(UserError, match="metrics.jsonl: epoch 1 is missing or damaged"):
+        train(log, settings, tmp_path / "run", resume=True)
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+def test_parameters_that_are_not_finite_are_never_kept(small, tmp_path):
+    log, settings = small
+    settings["training"] |= {"lr": 1e300, "epochs": 1, "batch_size": 60}  # one step: its loss is still finite
+    with pytest.raises(UserError, match="--lr"):
+        train(log, settings, tmp_path / "run")
+    assert not (tmp_path / "run/checkpoint.npz").exists()
+
+
 def test_nothing_to_train_on_leaves_no_folder(small, tmp_path):
     _, settings = small
     log = data.Log(["a", "b"], ["x", "y"], np.array([0, 3, 6]), np.array([0, 1, 0, 1, 0, 1], np.int32))

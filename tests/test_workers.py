@@ -1,5 +1,6 @@
 """Lanes: every sequence once, and the same bits for any number of workers."""
 
+import multiprocessing
 import os
 import signal
 from dataclasses import replace
@@ -9,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from minirec import backend, data, model
+from minirec import backend, data, model, workers
 from minirec.errors import UserError
 from minirec.optimizer import adam_step
 from minirec.workers import Sampling, Team, cut, worker_map
@@ -65,6 +66,28 @@ def test_lanes_sum_to_the_gradient_of_the_whole_batch():
         np.testing.assert_allclose(team.gradients.sum(axis=0), expected, atol=1e-6)
 
 
+def test_spawned_workers_do_as_forked_ones(monkeypatch):
+    losses, parameters = take_steps(1)
+    monkeypatch.setattr(workers, "PROCESSES", multiprocessing.get_context("spawn"))
+    other_losses, other_parameters = take_steps(2)
+    assert other_losses == losses
+    np.testing.assert_array_equal(other_parameters, parameters)
+
+
+def test_negatives_share_no_random_stream_with_dropout():
+    team, *_, sampling = sampled_team("sampled", 1)
+    with team:
+        keys = []
+        original = workers.generator
+        workers.generator = lambda xp, *key: keys.append(key) or original(xp, *key)
+        try:
+            team.compute_gradients(np.array([0, 5, 9, 12]), np.array([2, 2, 2, 2]), (7, 3))
+        finally:
+            workers.generator = original
+    first_words = [tuple(np.random.SeedSequence(key).generate_state(4)) for key in keys]
+    assert len(set(first_words)) == len(keys) > 1
+
+
 def test_a_worker_that_dies_is_reported_in_one_line():
     sequence = np.arange(30, dtype=np.int32)
     with Team(CONFIG, sequence, np, 2) as team:
@@ -107,7 +130,7 @@ def test_the_small_table_gives_the_gradients_of_the_full_one(loss):
     with team:
         value = float(team.compute_gradients(starts, lengths, (7, 1)))
         table, small = team.lead.table, team.gradients.sum(axis=0)
-        negatives = sampling.draw(backend.generator(np, 7, 1), 500, starts, lengths)
+        negatives = sampling.draw(backend.generator(np, 7, 1, len(team.gradients)), 500, starts, lengths)
         flat, begins = data.windows_end_to_end(sequence, starts, lengths)
         batch = model.pack(flat, begins, lengths, negatives=negatives if loss == "bce" else None)
         if loss == "sampled":
