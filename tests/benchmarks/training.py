@@ -400,6 +400,11 @@ def table(trainers, peak, flops):
                 f"{statistics.mean(t.losses[-LAST:]):.3f}",
             ]
         )
+    return aligned(rows)
+
+
+def aligned(rows):
+    """Return rows of texts as lines of equal columns: the first flush left, the others right."""
     widths = [max(map(len, column)) for column in zip(*rows)]
     return ["  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in rows]
 

@@ -1,0 +1,455 @@
+"""How long does a trained model take: to decompose, to serve a user, to evaluate a log?
+
+    python tests/benchmarks/inference.py [--part serving] ... [--data FILE] [--max-length 200]
+
+    decomposition   Given the forward caches of 128 sequences: the mixing ratios and the norms of all
+                    pairwise contributions of both blocks, by minirec.decompose and by PyTorch from
+                    the same caches, which builds F [B, L, L, D] and takes all norms from that.
+                    First both are checked to give the same numbers. Left out without PyTorch.
+    serving         Representing a history by its last position, and with scoring of all items and the
+                    10 best: for one user at a time on one core, and for many at a time on all cores.
+    evaluation      Ranking the test target of every user of a log among all items.
+
+Models have the paper's sizes and are not trained, since that changes no time. Every program runs in a
+process of its own, one at a time; those that are compared take turns, so that whatever else the
+machine does falls on all of them alike. Everything runs in float32 on the CPU.
+
+PyTorch is not a dependency of minirec: pip install torch --index-url https://download.pytorch.org/whl/cpu
+
+Symbols: B sequences, L positions, N tokens, D hidden size, H heads, K = D/H, V items.
+"""
+
+import importlib.util
+import multiprocessing
+import statistics
+import sys
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NamedTuple
+
+import click
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from training import (
+    KEEP_MEMORY,
+    SEED,
+    Contender,
+    aligned,
+    allocated_mb,
+    race,
+    say,
+    synthetic_log,
+    thread_counts,
+)
+
+from minirec.attention import WEIGHTINGS
+from minirec.backend import plan
+from minirec.data import cases, leave_one_out, read_log
+from minirec.decompose import RATIOS, block_caches, contribution_norms, mixing_ratios
+from minirec.errors import UserError
+from minirec.evaluate import CASES_AT_A_TIME, chunks, last_representations, metrics, rank_targets, recommend
+from minirec.model import Config, below, init_parameters
+from minirec.workers import cut, usable_cores, worker_map
+
+N_ITEMS = 12_101  # of Beauty (Amazon, 5-core)
+LENGTHS = (50, 200)
+SEQUENCES = 128  # B, to decompose
+TOLERANCE = 1e-5  # of the check, absolute, in float32
+TRIES = 2  # steps with each choice of threads and sequences at a time, before the timing
+TOP = 10  # items to recommend
+ALONE = 50  # users that are served one after the other in one measurement
+
+
+# Decomposition
+
+
+class Example(NamedTuple):
+    """What is decomposed: the same in every process."""
+
+    config: Config
+    parameters: dict
+    sequence: np.ndarray  # [B * L] items, all sequences end to end
+    starts: np.ndarray  # [B]
+    lengths: np.ndarray  # [B], all L
+
+
+def example(length):
+    """Return an Example of random items and parameters.
+
+    To the initial parameters, biases and norms too, noise is added, so that every part is large
+    enough to compare: initial weights are almost uniform, and what attention adds is then next to nothing.
+    """
+    rng = np.random.default_rng(SEED)
+    config = Config(N_ITEMS, max_length=length)
+    parameters = init_parameters(config, SEED)
+    for value in parameters.values():
+        value += rng.normal(0, 0.1, value.shape)
+    starts = np.arange(SEQUENCES) * length
+    return Example(
+        config, parameters, rng.integers(N_ITEMS, size=SEQUENCES * length), starts, np.full_like(starts, length)
+    )
+
+
+def decompose_minirec(length):
+    """Yield decompose(run) -> results of minirec for an example, its caches filled already.
+
+    As minirec.decompose does, it takes one micro-batch at a time. Results are a list with, for each
+    micro-batch and block, ({ratio: [N]}, [contribution norms [g, L, L], a group each]).
+    """
+    e = example(length)
+    p = [below(e.parameters, f"blocks.{i}.") for i in range(e.config.n_blocks)]
+    pieces = [
+        block_caches(e.parameters, e.config, e.sequence, e.starts[piece], e.lengths[piece])
+        for piece in cut(e.lengths, 1, plan(np).micro_batch_tokens)[0]
+    ]
+
+    def of_piece(piece):
+        batch, caches = piece
+        return [
+            (
+                mixing_ratios(cache, own, batch.groups),
+                [contribution_norms(cache, own, group, place) for place, group in enumerate(batch.groups)],
+            )
+            for own, cache in zip(p, caches)
+        ]
+
+    return lambda run: list(run(of_piece, pieces))
+
+
+class TorchCache(NamedTuple):
+    """What PyTorch gets of one block: all tensors in float32, contiguous."""
+
+    x: object  # [B, L, D] the block's input
+    a: object  # [B, H, L, L] attention weights
+    v: object  # [B, H, L, K] values, with their bias
+    w_o: object  # [H, K, D]
+    sigma: object  # [B, L, 1] of the layer norm after attention
+    gamma: object  # [D]
+
+
+def torch_caches(length):
+    """Return a TorchCache a block of an example."""
+    import torch
+
+    e = example(length)
+    batch, caches = block_caches(e.parameters, e.config, e.sequence, e.starts, e.lengths)
+    assert len(batch.groups) == 1 and (batch.order == np.arange(SEQUENCES)).all()
+    h, d = e.config.n_heads, e.config.hidden_size
+    found = []
+    for i, cache in enumerate(caches):
+        _, _, v, a, _, _ = cache["attention"][0]
+        _, sigma, gamma, _ = cache["attention_norm"]
+        arrays = (
+            cache["x"].reshape(SEQUENCES, length, d),
+            a,
+            v,
+            e.parameters[f"blocks.{i}.attention.w_o"].reshape(h, -1, d),
+            sigma.reshape(SEQUENCES, length, 1),
+            gamma,
+        )
+        found.append(TorchCache(*(torch.from_numpy(np.ascontiguousarray(x)) for x in arrays)))
+    return found
+
+
+def decompose_naively(c, at_a_time):
+    """The decomposition of one block by its definition, with F [b, L, L, D] for b sequences at a time.
+
+    c: TorchCache. Returns {ratio: [B, L]} and contribution norms [B, L, L].
+    """
+    import torch
+
+    length = c.x.shape[1]
+    ratios = {name: torch.empty(c.x.shape[:2]) for name in RATIOS}
+    norms = torch.empty(len(c.x), length, length)
+
+    def ratio(keep, mix):
+        """[b, L, D] each -> [b, L]"""
+        keep, mix = torch.linalg.vector_norm(keep, dim=-1), torch.linalg.vector_norm(mix, dim=-1)
+        return mix / (mix + keep)
+
+    def totals(parts):
+        """[b, L, L, D] -> what is kept and what is mixed, [b, L, D] each"""
+        keep = parts.diagonal(dim1=1, dim2=2).mT
+        return keep, parts.sum(dim=2) - keep
+
+    for rows in chunks(len(c.x), at_a_time):
+        f = c.v[rows] @ c.w_o  # f_h(x_j), [b, H, L, D]
+        a = c.a[rows, :, :, :, None]  # [b, H, L, L, 1]
+        parts = a[:, 0] * f[:, 0, None]  # F_ij, [b, L, L, D]
+        for h in range(1, f.shape[1]):
+            parts.addcmul_(a[:, h], f[:, h, None])
+        ratios["attn"][rows] = ratio(*totals(parts))
+        parts.diagonal(dim1=1, dim2=2).add_(c.x[rows].mT)  # F_ij + delta_ij x_i
+        ratios["attn_res"][rows] = ratio(*totals(parts))
+        parts -= parts.mean(dim=-1, keepdim=True)
+        parts *= (c.gamma / c.sigma[rows])[:, :, None]  # g_i(F_ij + delta_ij x_i)
+        ratios["attn_res_ln"][rows] = ratio(*totals(parts))
+        norms[rows] = torch.linalg.vector_norm(parts, dim=-1)
+    return ratios, norms
+
+
+def largest_difference(length):
+    """Return the largest absolute difference between both, and in what. Run in a process of its own."""
+    import torch
+
+    with worker_map(1, np) as run:
+        ours = decompose_minirec(length)(run)
+    found = []
+    with torch.no_grad():
+        for i, cache in enumerate(torch_caches(length)):
+            ratios, norms = decompose_naively(cache, 1)
+            for name in RATIOS:
+                own = np.concatenate([blocks[i][0][name] for blocks in ours])
+                found.append((np.abs(own - ratios[name].numpy().reshape(-1)).max(), f"{name} of block {i}"))
+            own = np.concatenate([norm for blocks in ours for norm in blocks[i][1]])
+            found.append((np.abs(own - norms.numpy()).max(), f"contribution norms of block {i}"))
+    # NaN hides from max.
+    return max((np.inf if np.isnan(difference) else float(difference), what) for difference, what in found)
+
+
+def check(length):
+    """Stop where minirec and PyTorch differ; return by how much they do."""
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        difference, what = pool.submit(largest_difference, length).result()
+    if not difference <= TOLERANCE:
+        raise click.ClickException(f"PyTorch differs from minirec at L = {length} in {what}: {difference:.1e}")
+    say(f"check at L = {length}: largest absolute difference {difference:.1e}, in {what}")
+    return difference
+
+
+# What training.py calls trainers; these decompose: step(number, (threads, at_a_time)) -> a mean ratio.
+
+
+@contextmanager
+def run_minirec(length):
+    decompose = decompose_minirec(length)
+    with worker_map(1, np) as alone, worker_map(usable_cores(), np) as together:
+
+        def step(number, choice):
+            results = decompose(alone if choice[0] == 1 else together)
+            return np.mean([ratios["attn_res_ln"].mean() for blocks in results for ratios, _ in blocks])
+
+        yield step
+
+
+@contextmanager
+def run_naive(length):
+    import torch
+
+    caches = torch_caches(length)
+    with torch.no_grad():
+
+        def step(number, choice):
+            threads, at_a_time = choice
+            torch.set_num_threads(threads)
+            results = [decompose_naively(cache, at_a_time) for cache in caches]
+            return np.mean([float(ratios["attn_res_ln"].mean()) for ratios, _ in results])
+
+        yield step
+
+
+def decomposition(repeats):
+    """Return the lines of a table: minirec's decomposition and PyTorch's, at each length."""
+    counts = thread_counts(usable_cores())
+    rows = [["", "L", "cores", "at a time", "ms", "min", "/ minirec", "peak MB", "largest difference"]]
+    for length in LENGTHS:
+        difference = check(length)
+        contenders = [
+            Contender("minirec", run_minirec, thread_counts=[(n, None) for n in sorted({1, usable_cores()})]),
+            Contender("PyTorch", run_naive, thread_counts=[(n, SEQUENCES) for n in counts]),
+            Contender(
+                "PyTorch, in chunks",
+                run_naive,
+                KEEP_MEMORY,
+                thread_counts=[(n, size) for n in counts for size in (1, 4, 16)],
+            ),
+        ]
+        try:
+            race(contenders, length, TRIES * max(len(c.thread_counts) for c in contenders), repeats)
+        finally:
+            for contender in contenders:
+                contender.stop()
+        own = statistics.median(contenders[0].seconds)
+        for c in contenders:
+            cores, at_a_time = c.threads
+            median = statistics.median(c.seconds)
+            rows.append(
+                [
+                    c.name,
+                    str(length),
+                    str(cores),
+                    str(at_a_time or plan(np).micro_batch_tokens // length),
+                    f"{1e3 * median:.1f}",
+                    f"{1e3 * min(c.seconds):.1f}",
+                    f"{median / own:.2f}",
+                    f"{max(c.allocated):.0f}",
+                    "" if c is contenders[0] else f"{difference:.1e}",
+                ]
+            )
+    return aligned(rows)
+
+
+# Serving
+
+
+class Users(NamedTuple):
+    """Whom to serve, and how attention is weighted."""
+
+    weighting: str
+    length: int
+    count: int
+
+
+class Request(NamedTuple):
+    """What a server is asked to do for its users."""
+
+    whole: bool  # recommend; else encode only
+    many: bool  # many at a time, on all cores; else the first ALONE of them, one at a time, on one
+
+
+REQUESTS = [Request(whole, many) for many in (False, True) for whole in (False, True)]
+
+
+@contextmanager
+def serve_users(users):
+    """A trainer, asked for a Request; what it returns says nothing."""
+    config = Config(N_ITEMS, max_length=users.length, attn=users.weighting)
+    parameters = init_parameters(config, SEED)
+    sequence = np.random.default_rng(SEED).integers(N_ITEMS, size=users.count * users.length)
+    starts = np.arange(users.count) * users.length
+    histories = list(sequence.reshape(users.count, users.length))
+
+    def encode(chunk):
+        return last_representations(parameters, config, sequence, starts[chunk], starts[chunk] + users.length)
+
+    with worker_map(1, np) as alone, worker_map(usable_cores(), np) as together:
+
+        def step(number, request):
+            if request.many and request.whole:
+                results = recommend(parameters, config, histories, TOP, run=together)
+            elif request.many:
+                results = together(encode, chunks(len(histories), CASES_AT_A_TIME))
+            elif request.whole:
+                results = (list(recommend(parameters, config, [h], TOP, run=alone)) for h in histories[:ALONE])
+            else:
+                results = map(encode, chunks(ALONE, 1))
+            return float(len(list(results)))
+
+        yield step
+
+
+def serving(repeats):
+    """Return the lines of a table: time per user, for each weighting and length."""
+    count = CASES_AT_A_TIME * usable_cores()  # a chunk of evaluate for each core
+    heads = [f"{many}: {what}" for many in ("one", "many") for what in ("encode ms", "all ms", "users/s")]
+    rows = [["", "L", *heads]]
+    for length in LENGTHS:
+        servers = [Contender(weighting, serve_users) for weighting in WEIGHTINGS]
+        seconds = {(server.name, request): [] for server in servers for request in REQUESTS}
+        say(f"serving {count} users with histories of {length} items, {repeats} times")
+        try:
+            for server in servers:
+                server.start(Users(server.name, length, count))
+            for number in range(1 + repeats):
+                for request in REQUESTS:
+                    for server in servers:
+                        seconds[server.name, request].append(server.step(number, request))
+        finally:
+            for server in servers:
+                server.stop()
+        for server in servers:
+            row = [server.name, str(length)]
+            for request in REQUESTS:
+                users = count if request.many else ALONE
+                each = statistics.median(seconds[server.name, request][1:]) / users
+                row.append(f"{1e3 * each:.3f}")
+                if request.whole:
+                    row.append(f"{1 / each:.0f}")
+            rows.append(row)
+    return aligned(rows)
+
+
+# Evaluation
+
+
+def load(path):
+    """Return the Log of a file, or the synthetic one."""
+    return read_log(path) if path else synthetic_log()
+
+
+@contextmanager
+def evaluate_log(problem):
+    """A trainer that ranks all test targets; problem: (path or None, max_length). Returns HR@10."""
+    path, max_length = problem
+    log = load(path)
+    test = cases(log, leave_one_out(log), "test")
+    config = Config(len(log.items), max_length=max_length)
+    parameters = init_parameters(config, SEED)
+    with worker_map(usable_cores(), np) as run:
+
+        def step(number, threads):
+            ranks = rank_targets(parameters, config, log.sequence, test, run=run)
+            return metrics(np.concatenate(list(ranks)))["HR@10"]
+
+        yield step
+
+
+def evaluation(path, max_length, repeats):
+    """Return the lines of a table of one row: ranking the test targets of all users of a log."""
+    log = load(path)
+    n_users = len(leave_one_out(log).users)
+    name = Path(path).name if path else "synthetic log of the shape of Beauty"
+    child = Contender(name, evaluate_log)
+    say(f"evaluating {n_users} users of {name}, {repeats} times")
+    try:
+        child.start((path, max_length))
+        before = sum(map(allocated_mb, child.pids))
+        child.watch(0)  # also warms up
+        child.seconds = [child.step(number, None) for number in range(1, 1 + repeats)]
+    finally:
+        child.stop()
+    median = statistics.median(child.seconds)
+    heads = ["", "users", "items", "L", "seconds", "min", "users/s", "before MB", "peak MB", "VmHWM MB"]
+    row = [name, n_users, len(log.items), max_length, f"{median:.2f}", f"{min(child.seconds):.2f}"]
+    row += [f"{n_users / median:.0f}", f"{before:.0f}", f"{max(child.allocated):.0f}", f"{child.resident:.0f}"]
+    return aligned([heads, list(map(str, row))])
+
+
+PARTS = {
+    "decomposition": f"decomposing {SEQUENCES} sequences of L items, given the forward caches",
+    "serving": f"time per user, {N_ITEMS:,} items: a history of L items -> its representation; -> the {TOP} best items",
+    "evaluation": "ranking every user's test target among all items (softmax)",
+}
+
+
+@click.command(context_settings={"help_option_names": ["-h", "--help"], "show_default": True})
+@click.option("--part", "parts", type=click.Choice(list(PARTS)), multiple=True, help="This alone.  [default: all]")
+@click.option("--data", type=click.Path(exists=True, dir_okay=False), help="A log to evaluate  [default: synthetic]")
+@click.option("--max-length", type=click.IntRange(min=1), default=50, help="Latest items kept when it is evaluated.")
+@click.option("--repeats", type=click.IntRange(min=1), default=5, help="How often each is timed.")
+def main(parts, data, max_length, repeats):
+    """Time decomposing, serving and evaluating."""
+    tables = {}
+    try:
+        for part in parts or PARTS:
+            if part == "serving":
+                tables[part] = serving(repeats)
+            elif part == "evaluation":
+                tables[part] = evaluation(data, max_length, repeats)
+            elif importlib.util.find_spec("torch") is None:
+                say("decomposition: left out, since PyTorch is not installed")
+            else:
+                tables[part] = decomposition(repeats)
+    except UserError as error:
+        raise click.ClickException(str(error)) from None
+    click.echo(f"{usable_cores()} cores; medians of {repeats}")
+    for part, lines in tables.items():
+        click.echo(f"\n{PARTS[part]}\n")
+        click.echo("\n".join(lines))
+
+
+if __name__ == "__main__":
+    main()
