@@ -300,16 +300,15 @@ def main(axes, steps, picture):
         raise click.ClickException("--plot: matplotlib is not installed: pip install matplotlib")
     if picture and not Path(picture).absolute().parent.is_dir():
         raise click.ClickException(f"--plot {picture}: there is no such folder; make it first")
+    click.echo(f"{usable_cores()} cores; medians of {steps} steps")
     results = {}
     for axis in axes or AXES:
         results[axis] = []
         for setting in AXES[axis].settings():
             say(f"{axis}: {setting.series} at {setting.x:,}")
             results[axis].append(measure(setting, steps))
-    click.echo(f"{usable_cores()} cores; medians of {steps} steps")
-    for axis, found in results.items():
-        click.echo(f"\nagainst {AXES[axis].label}: {AXES[axis].fixed}\n")
-        click.echo("\n".join(table(axis, found)))
+        heading = f"against {AXES[axis].label}: {AXES[axis].fixed}"
+        click.echo("\n".join(["", heading, "", *table(axis, results[axis])]))
     if picture:
         plot(results, picture)
         say(f"wrote {picture}")

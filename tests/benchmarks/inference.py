@@ -432,23 +432,21 @@ PARTS = {
 @click.option("--repeats", type=click.IntRange(min=1), default=5, help="How often each is timed.")
 def main(parts, data, max_length, repeats):
     """Time decomposing, serving and evaluating."""
-    tables = {}
+    click.echo(f"{usable_cores()} cores; medians of {repeats}")
     try:
         for part in parts or PARTS:
             if part == "serving":
-                tables[part] = serving(repeats)
+                lines = serving(repeats)
             elif part == "evaluation":
-                tables[part] = evaluation(data, max_length, repeats)
+                lines = evaluation(data, max_length, repeats)
             elif importlib.util.find_spec("torch") is None:
                 say("decomposition: left out, since PyTorch is not installed")
+                continue
             else:
-                tables[part] = decomposition(repeats)
+                lines = decomposition(repeats)
+            click.echo("\n".join(["", PARTS[part], "", *lines]))
     except UserError as error:
         raise click.ClickException(str(error)) from None
-    click.echo(f"{usable_cores()} cores; medians of {repeats}")
-    for part, lines in tables.items():
-        click.echo(f"\n{PARTS[part]}\n")
-        click.echo("\n".join(lines))
 
 
 if __name__ == "__main__":
