@@ -62,6 +62,11 @@ def plan(xp):
     return CPU_PLAN if xp is np else GPU_PLAN
 
 
+def chunk_rows(xp, n_columns, itemsize):
+    """Return how many rows of [rows, n_columns] logits or scores to make at a time."""
+    return max(16, plan(xp).loss_bytes // (n_columns * itemsize))
+
+
 def to_device(x, xp):
     """Return host array x as an array of module xp; one copy on a GPU, none on the CPU."""
     return xp.asarray(x)

@@ -22,7 +22,7 @@ import numpy as np
 from minirec.attention import from_heads, make_groups, to_heads
 from minirec.backend import get_array_module, plan, to_host
 from minirec.errors import UserError
-from minirec.model import below, forward, pack
+from minirec.model import below, check_items, forward, pack
 from minirec.workers import cut
 
 RATIOS = ("attn", "attn_res", "attn_res_ln")
@@ -163,8 +163,7 @@ def decompose(parameters, config, sequences, run=map, progress=None):
         raise UserError("decompose needs at least one sequence, and none empty")
     sequences = [np.asarray(s)[-config.max_length :] for s in sequences]
     flat, lengths = np.concatenate(sequences), np.array([len(s) for s in sequences])
-    if flat.dtype.kind not in "iu" or flat.min() < 0 or flat.max() >= config.n_items:
-        raise UserError(f"items must be integers in 0..{config.n_items - 1}")
+    check_items(flat, config)
     offsets = np.cumsum(lengths) - lengths
     positions = np.arange(len(flat)) - np.repeat(offsets, lengths)
     dtype = parameters["item_embedding"].dtype

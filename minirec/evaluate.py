@@ -9,7 +9,7 @@ them cannot be hit, and stays in the mean as a miss.
 
 import numpy as np
 
-from minirec.backend import get_array_module, plan, to_device, to_host
+from minirec.backend import chunk_rows, get_array_module, plan, to_device, to_host
 from minirec.model import forward, pack
 from minirec.workers import cut
 
@@ -58,7 +58,7 @@ def rank_targets(parameters, config, sequence, cases, filter_seen=True, run=map)
     """
     xp = get_array_module(parameters["item_embedding"])
     items = parameters["item_embedding"]
-    rows = max(16, plan(xp).loss_bytes // (4 * config.n_items))
+    rows = chunk_rows(xp, config.n_items, items.dtype.itemsize)
 
     def rank(chunk):
         starts, stops = cases.starts[chunk], cases.stops[chunk]
@@ -101,7 +101,8 @@ def recommend(parameters, config, histories, k, run=map):
     """
     lengths = np.array([len(h) for h in histories])
     sequence, stops = np.concatenate(histories), np.cumsum(lengths)
-    rows = max(16, plan(get_array_module(parameters["item_embedding"])).loss_bytes // (4 * config.n_items))
+    items = parameters["item_embedding"]
+    rows = chunk_rows(get_array_module(items), config.n_items, items.dtype.itemsize)
     k = min(k, config.n_items)
 
     def best(chunk):

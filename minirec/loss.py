@@ -6,7 +6,7 @@ cache, used for loss and gradient at once, and overwritten. The whole [N, V] nev
 V logits a token are too many (a million items), the two sampled losses look at a few items only.
 """
 
-from minirec.backend import get_array_module, plan, scatter_add
+from minirec.backend import chunk_rows, get_array_module, scatter_add
 
 LOSSES = ("ce", "sampled", "bce")
 
@@ -28,7 +28,7 @@ def cross_entropy(x, items, targets, scale, d_items):
     """
     xp = get_array_module(x)
     scale = float(scale)  # a NumPy float64 scalar would promote float32 arrays
-    rows = max(16, plan(xp).loss_bytes // (len(items) * x.dtype.itemsize))
+    rows = chunk_rows(xp, len(items), x.dtype.itemsize)
     d_x, ones = xp.empty_like(x), xp.ones(len(items), x.dtype)
     loss = xp.zeros((), xp.float64)
     for start in range(0, len(x), rows):

@@ -180,6 +180,12 @@ def pack(flat, starts, lengths, xp=np, with_targets=True, negatives=None):
     )
 
 
+def check_items(flat, config):
+    """Raise UserError where an item is not an integer in 0..V-1: a GPU would not notice."""
+    if flat.dtype.kind not in "iu" or flat.min() < 0 or flat.max() >= config.n_items:
+        raise UserError(f"items must be integers in 0..{config.n_items - 1}")
+
+
 def pack_list(sequences, config, xp, with_targets):
     """Pack a list of 1-D integer arrays, the last max_length positions of each (see pack).
 
@@ -191,8 +197,7 @@ def pack_list(sequences, config, xp, with_targets):
     if not sequences:
         raise UserError(f"no sequence has {need} or more items")
     flat = np.concatenate(sequences)
-    if flat.dtype.kind not in "iu" or flat.min() < 0 or flat.max() >= config.n_items:
-        raise UserError(f"items must be integers in 0..{config.n_items - 1}")
+    check_items(flat, config)
     full = np.array([len(s) for s in sequences])
     return pack(flat, np.cumsum(full) - full, full - (need - 1), xp, with_targets)
 

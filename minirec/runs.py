@@ -28,6 +28,7 @@ from minirec.model import Config, parameter_count, parameter_shapes
 
 FILES = ("config.json", "items.json", "metrics.jsonl", "checkpoint.npz", "state.npz")
 RUNS = Path("runs")
+SELECTED_BY = "NDCG@10"  # on validation: it picks the checkpoint and stops the run
 
 
 def write(path, fill):
@@ -355,7 +356,7 @@ def load_records(folder, n):
     for epoch in range(1, n + 1):
         record = records[epoch - 1] if epoch <= len(records) else None
         numbers = isinstance(record, dict) and all(isinstance(x, (int, float)) for x in record.values())
-        if not numbers or record.get("epoch") != epoch or "NDCG@10" not in record:
+        if not numbers or record.get("epoch") != epoch or SELECTED_BY not in record:
             raise UserError(f"{folder / 'metrics.jsonl'}: epoch {epoch} is missing or damaged; start a new run")
     return records
 

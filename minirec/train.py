@@ -15,9 +15,8 @@ from minirec.data import batches, cases, leave_one_out, training_pairs, training
 from minirec.errors import UserError
 from minirec.evaluate import metrics, rank_targets
 from minirec.model import init_parameters, parameter_count, views
+from minirec.runs import SELECTED_BY
 from minirec.workers import Memory, Sampling, Team, worker_map
-
-SELECTED_BY = "NDCG@10"  # on validation: it picks the checkpoint and stops the run
 
 
 def train(log, settings, folder, resume=False, on_step=None, on_epoch=None, stop=None):
