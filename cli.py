@@ -25,7 +25,7 @@ import minirec
 from minirec import backend, runs
 from minirec import gradcheck as checking
 from minirec.attention import WEIGHTINGS
-from minirec.data import FORMATS, cases, leave_one_out
+from minirec.data import FORMATS, SPLITS
 from minirec.decompose import RATIOS, contributions, summarise
 from minirec.decompose import decompose as decompose_sequences
 from minirec.errors import UserError
@@ -162,6 +162,17 @@ def main():
 @click.option("--data", default=DEFAULT_DATA, show_default=True, help="A log of interactions, or the embedded dataset.")
 @click.option("--format", type=click.Choice(FORMATS), help="The log's format [default: recognised from its content].")
 @click.option("--columns", metavar="USER,ITEM[,TIME]", help="Its columns, where their names are not recognised.")
+@click.option(
+    "--split",
+    type=click.Choice(list(SPLITS)),
+    default="leave-one-out",
+    show_default=True,
+    help="What is held out: each user's last items, or the last tenth of time.",
+)
+@click.option(
+    "--k-core", type=SIZE, default=1, show_default=True, help="Keep users and items with at least so many interactions."
+)
+@click.option("--drop-repeats", is_flag=True, help="Count an item that follows itself once.")
 @backend_option
 @click.option(
     "--attn", type=click.Choice(WEIGHTINGS), default="softmax", show_default=True, help="Attention weighting."
@@ -202,7 +213,8 @@ def train(ctx, out, resume, as_json, **options):
     if before:
         _take_over(ctx, options, before)
         runs.find_log(folder, before, options["data"] if given else None)
-    source = {"path": options["data"], "format": options["format"], "columns": comma_list(options["columns"])}
+    source = {"path": options["data"], "columns": comma_list(options["columns"])}
+    source |= {name: options[name] for name in ("format", "split", "k_core", "drop_repeats")}
     source["sha256"] = runs.fingerprint(source["path"])
     if not runs.is_planted(source["path"]):
         source["path"] = os.path.abspath(source["path"])
@@ -222,10 +234,10 @@ def train(ctx, out, resume, as_json, **options):
         "versions": {"minirec": minirec.__version__, "python": platform.python_version(), "numpy": np.__version__},
     }
     folder = folder or runs.new_folder(log_name(options["data"]), config.attn)
-    n_training_only = leave_one_out(log).n_training_only
+    split = runs.split_log(log, settings)
     say(f"{options['data']}: {len(log.users):,} users, {len(log.items):,} items, {len(log.sequence):,} interactions")
-    if n_training_only:
-        say(f"{n_training_only:,} users with fewer than 3 interactions are kept for training only")
+    if without := len(log.users) - len(split.test.users):
+        say(f"{without:,} of the users have no test target and are kept for training only")
     say(f"{config.attn} attention, {config.n_blocks} blocks, D = {config.hidden_size} -> {folder}")
 
     with interruptible() as asked_to_stop:
@@ -250,17 +262,21 @@ def train(ctx, out, resume, as_json, **options):
 def _take_over(ctx, options, settings):
     """Set the options that were not given on the command line to what a run was started with."""
     model, data = settings["model"], settings["data"]
-    before = settings["training"] | {
-        "data": data["path"],
-        "format": data.get("format"),
-        "columns": ",".join(data.get("columns") or ()) or None,
-        "hidden": model["hidden_size"],
-        "blocks": model["n_blocks"],
-        "heads": model["n_heads"],
-        "max_length": model["max_length"],
-        "dropout": model["dropout"],
-        "attn": model["attn"],
-    }
+    source = {name: data[name] for name in ("format", "split", "k_core", "drop_repeats")}
+    before = (
+        settings["training"]
+        | source
+        | {
+            "data": data["path"],
+            "columns": ",".join(data["columns"] or ()) or None,
+            "hidden": model["hidden_size"],
+            "blocks": model["n_blocks"],
+            "heads": model["n_heads"],
+            "max_length": model["max_length"],
+            "dropout": model["dropout"],
+            "attn": model["attn"],
+        }
+    )
     for name in options:
         if ctx.get_parameter_source(name) is ParameterSource.DEFAULT and name != "workers":
             options[name] = before[name]
@@ -319,7 +335,7 @@ def _train_with_progress(log, settings, folder, resume, asked_to_stop):
 
 def _evaluate(run, log, config, part, filter_seen, workers):
     """Return metrics of a run on one part of its log, and how many targets filter-seen makes impossible."""
-    wanted = cases(log, leave_one_out(log), part)
+    wanted = getattr(runs.split_log(log, run.settings), part)
     ranks = []
     with worker_map(workers or usable_cores(), run.xp) as run_map, progress("ranking", len(wanted.users)) as update:
         for chunk in rank_targets(run.parameters, config, log.sequence, wanted, filter_seen, run_map):
@@ -404,7 +420,7 @@ def decompose(run, data, out, backend, workers, as_json):
     """
     run = Run(run, "decompose", backend, data)
     log = run.log()
-    wanted = cases(log, leave_one_out(log), "test")
+    wanted = runs.split_log(log, run.settings).test
     histories = [log.sequence[a:b] for a, b in zip(wanted.starts, wanted.stops)]
     n_tokens = int(np.minimum(wanted.stops - wanted.starts, run.config.max_length).sum())
     with worker_map(workers or usable_cores(), run.xp) as run_map, progress("decomposing", n_tokens) as update:

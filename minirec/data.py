@@ -1,4 +1,4 @@
-"""Interaction logs: read, check, split, and cut into training windows.
+"""Interaction logs: read, check, filter, split, and cut into training windows.
 
 Symbols: U users, V items, n interactions in all, M evaluated users.
 
@@ -50,6 +50,7 @@ MAX_ID_BYTES = 256
 LINES_A_REPORT = 1 << 16
 MAX_REDRAWS = 100
 SHORTEST_SPLIT = 3  # a target for test, one for validation, and something before them
+QUANTILE = 0.9  # of time, where the temporal split cuts
 
 
 @dataclass
@@ -60,6 +61,7 @@ class Log:
     items: list  # V names, in order of first appearance
     offsets: np.ndarray  # [U + 1]
     sequence: np.ndarray  # [n] item indices 0..V-1, int32
+    times: np.ndarray | None = None  # [n] when, ascending within a user, int64 or float64; None: not recorded
 
     def history(self, user):
         """Return the item indices of user number `user`, oldest first."""
@@ -176,7 +178,8 @@ def read_log(path, format=None, columns=None, progress=None):
         raise UserError(f"{path}: no user has {SHORTEST_SPLIT} interactions, so none can be held out for a test")
     # Both sorts are stable: by user, within a user by time, ties in file order.
     order = np.argsort(user_of, kind="stable") if times is None else np.lexsort((times, user_of))
-    return Log(list(users), list(items), np.concatenate([[0], np.cumsum(counts)]), item_of[order])
+    times = None if times is None else times[order]
+    return Log(list(users), list(items), np.concatenate([[0], np.cumsum(counts)]), item_of[order], times)
 
 
 def _shown(text):
@@ -299,23 +302,52 @@ def _append_time(lines, times, text):
     return times
 
 
+# Filtering
+
+
+def keep_interactions(log, keep):
+    """Return the Log of the interactions where keep [n] is true; users and items left without any go."""
+    users, counts = np.unique(users_of(log)[keep], return_counts=True)
+    items, sequence = np.unique(log.sequence[keep], return_inverse=True)
+    return Log(
+        [log.users[u] for u in users],
+        [log.items[i] for i in items],
+        np.concatenate([[0], np.cumsum(counts)]),
+        sequence.astype(np.int32),
+        None if log.times is None else log.times[keep],
+    )
+
+
+def users_of(log):
+    """Return the user's number of each interaction, [n]."""
+    return np.repeat(np.arange(len(log.users)), np.diff(log.offsets))
+
+
+def drop_repeats(log):
+    """Return the Log in which a run of the same item, one after the other by one user, counts once."""
+    users = users_of(log)
+    again = (log.sequence[1:] == log.sequence[:-1]) & (users[1:] == users[:-1])
+    return keep_interactions(log, np.concatenate([[True], ~again]))
+
+
+def k_core(log, k):
+    """Return the largest Log in which every user and every item has at least k interactions.
+
+    Dropping a rare item can make a user rare, and so on: it is repeated until nothing changes.
+    Raises UserError where nothing is left.
+    """
+    users, keep = users_of(log), np.ones(len(log.sequence), bool)
+    before = len(keep) + 1
+    while keep.sum() < before:
+        before = keep.sum()
+        for names in (users, log.sequence):
+            keep &= np.bincount(names[keep], minlength=names.max() + 1)[names] >= k
+    if not keep.any():
+        raise UserError(f"--k-core {k} leaves no interaction of this log; choose a smaller one")
+    return keep_interactions(log, keep)
+
+
 # Splitting
-
-
-class Split(NamedTuple):
-    """Leave-one-out: each user's last item is the test target, the one before it the validation
-    target. Users with fewer than 3 interactions are kept for training only."""
-
-    train_lengths: np.ndarray  # [U] so many of the user's first interactions are trained on
-    users: np.ndarray  # [M] the evaluated users, in file order
-    n_training_only: int
-
-
-def leave_one_out(log):
-    """Return the Split of a log."""
-    counts = np.diff(log.offsets)
-    evaluated = counts >= SHORTEST_SPLIT
-    return Split(counts - 2 * evaluated, np.flatnonzero(evaluated), int((~evaluated).sum()))
 
 
 class Cases(NamedTuple):
@@ -326,10 +358,57 @@ class Cases(NamedTuple):
     stops: np.ndarray  # [M] where the target lies
 
 
-def cases(log, split, part):
-    """Return the Cases of a split's part, "valid" or "test": the history is all before the target."""
-    back = {"valid": 2, "test": 1}[part]
-    return Cases(split.users, log.offsets[split.users], log.offsets[split.users + 1] - back)
+class Split(NamedTuple):
+    """What is trained on, and what is to be predicted from all before it."""
+
+    train_lengths: np.ndarray  # [U] so many of the user's first interactions are trained on
+    valid: Cases
+    test: Cases
+
+
+def leave_one_out(log):
+    """Return the Split in which a user's last item is the test target, the one before it the validation's.
+
+    Users with fewer than 3 interactions are kept for training only.
+    """
+    counts = np.diff(log.offsets)
+    evaluated = counts >= SHORTEST_SPLIT
+    return Split(
+        counts - 2 * evaluated, _cases(log, evaluated, counts - 2 * evaluated), _cases(log, evaluated, counts - 1)
+    )
+
+
+def temporal(log):
+    """Return the Split at two moments: what was known then is trained on, what came later is predicted.
+
+    The test begins after the QUANTILE of all times, validation after the QUANTILE of those before it.
+    A user who was active in a part has their last item in it as its target, and all items before that as
+    history; so the model is never shown what happened after the moment at which it is trained.
+    Raises UserError for a log without times, or one in which a part has no target.
+    """
+    if log.times is None:
+        raise UserError("the log has no timestamps, which --split temporal needs; use --split leave-one-out")
+    users, n_users = users_of(log), len(log.users)
+    test_begins = np.quantile(log.times, QUANTILE)
+    valid_begins = np.quantile(log.times[log.times <= test_begins], QUANTILE)
+    trained, known = (
+        np.bincount(users[log.times <= moment], minlength=n_users) for moment in (valid_begins, test_begins)
+    )
+    counts = np.diff(log.offsets)
+    valid, test = ((after > before) & (after > 1) for before, after in ((trained, known), (known, counts)))
+    for part, evaluated in (("validation", valid), ("test", test)):
+        if not evaluated.any():
+            raise UserError(f"--split temporal: no user has a target for {part}; use --split leave-one-out")
+    return Split(trained, _cases(log, valid, known - 1), _cases(log, test, counts - 1))
+
+
+def _cases(log, evaluated, places):
+    """Return the Cases of users where evaluated [U] is true, their targets at places [U] of their histories."""
+    users = np.flatnonzero(evaluated)
+    return Cases(users, log.offsets[users], log.offsets[users] + places[users])
+
+
+SPLITS = {"leave-one-out": leave_one_out, "temporal": temporal}
 
 
 def training_windows(log, split, max_length):

@@ -198,13 +198,22 @@ def fingerprint(path):
 
 
 def load_log(source, progress=None):
-    """Return the Log of {"path", "format", "columns"}; the path is a file's, or a planted dataset's name.
+    """Return the Log that the "data" of a run's settings describes, filtered as they say.
 
-    progress: see data.read_log.
+    Its path is a file's, or a planted dataset's name. progress: see data.read_log.
     """
     if is_planted(source["path"]):
-        return planted.DATASETS[source["path"]]()
-    return data.read_log(source["path"], source.get("format"), source.get("columns"), progress)
+        log = planted.DATASETS[source["path"]]()
+    else:
+        log = data.read_log(source["path"], source["format"], source["columns"], progress)
+    if source["drop_repeats"]:
+        log = data.drop_repeats(log)
+    return data.k_core(log, source["k_core"]) if source["k_core"] > 1 else log
+
+
+def split_log(log, settings):
+    """Return the Split of a run's log."""
+    return data.SPLITS[settings["data"]["split"]](log)
 
 
 def is_planted(path):
@@ -226,6 +235,9 @@ SETTINGS = {  # what config.json must hold beside the model's Config; a rule say
         "sha256": _text,
         "format": lambda x: x is None or x in data.FORMATS,
         "columns": lambda x: x is None or isinstance(x, list) and all(map(_text, x)),
+        "split": lambda x: x in data.SPLITS,
+        "k_core": _number(1),
+        "drop_repeats": lambda x: isinstance(x, bool),
     },
     "training": {
         "loss": lambda x: x in LOSSES,
@@ -364,4 +376,5 @@ def load_records(folder, n):
 def fixed_settings(settings):
     """Return, as {name: value}, the settings that a run cannot change half-way."""
     training = {name: settings["training"].get(name) for name in ("loss", "negatives", "batch_size", "lr", "seed")}
-    return settings["model"] | training | {"log (SHA-256)": settings["data"]["sha256"]}
+    source = {name: settings["data"][name] for name in ("split", "k_core", "drop_repeats")}
+    return settings["model"] | training | source | {"log (SHA-256)": settings["data"]["sha256"]}

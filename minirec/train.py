@@ -11,7 +11,7 @@ import time
 import numpy as np
 
 from minirec import backend, runs
-from minirec.data import batches, cases, leave_one_out, training_pairs, training_windows
+from minirec.data import batches, training_pairs, training_windows
 from minirec.errors import UserError
 from minirec.evaluate import metrics, rank_targets
 from minirec.model import init_parameters, parameter_count, views
@@ -32,7 +32,7 @@ def train(log, settings, folder, resume=False, on_step=None, on_epoch=None, stop
     """
     config, training = runs.model_config(settings), settings["training"]
     xp = backend.load(training["backend"])
-    split = leave_one_out(log)
+    split = runs.split_log(log, settings)
     windows = training_windows(log, split, config.max_length)
     if not len(windows[0]):
         raise UserError(
@@ -53,7 +53,7 @@ def train(log, settings, folder, resume=False, on_step=None, on_epoch=None, stop
         while not finished(run.records, training):
             if not run.take_steps(on_step, stop):
                 return run.records, False
-            run.close_epoch(log.sequence, cases(log, split, "valid"))
+            run.close_epoch(log.sequence, split.valid)
             if on_epoch:
                 on_epoch(run.records[-1])
             if stop and stop():

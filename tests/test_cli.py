@@ -31,7 +31,7 @@ def test_train_json_holds_the_test_metrics_and_nothing_else_is_on_stdout(tmp_pat
     result = last_json(process)
     assert result["epochs"] == 2 and METRICS <= set(result["test"]) and result["test"]["split"] == "test"
     assert (tmp_path / result["run"] / "checkpoint.npz").exists()
-    assert "1 users with fewer than 3 interactions" in process.stderr
+    assert "1 of the users have no test target" in process.stderr
     settings = json.loads((tmp_path / result["run"] / "config.json").read_text())
     assert settings["model"]["n_items"] == 6 and settings["training"]["seed"] == 0
 

@@ -164,20 +164,87 @@ def log_of(sequences):
 def test_leave_one_out_holds_out_the_last_two():
     log = log_of([[0, 1, 2, 3], [4, 5], [6, 7, 8], [9]])
     split = data.leave_one_out(log)
-    assert split.n_training_only == 2
-    assert list(split.users) == [0, 2]
     assert list(split.train_lengths) == [2, 2, 1, 1]
     for part, targets, before in (("valid", [2, 7], [[0, 1], [6]]), ("test", [3, 8], [[0, 1, 2], [6, 7]])):
-        wanted = data.cases(log, split, part)
+        wanted = getattr(split, part)
+        assert list(wanted.users) == [0, 2]
         assert list(log.sequence[wanted.stops]) == targets
         assert [list(log.sequence[a:b]) for a, b in zip(wanted.starts, wanted.stops)] == before
+
+
+@given(st.integers(0, 10**6))
+def test_the_temporal_split_predicts_only_what_came_after_all_it_was_trained_on(seed):
+    rng = np.random.default_rng(seed)
+    cuts = np.sort(rng.choice(np.arange(1, 300), 29, replace=False))
+    log = log_of(np.split(np.arange(300), cuts))  # every item is unique
+    times = rng.integers(50, size=300)  # many are equal
+    log.times = np.concatenate([np.sort(times[a:b]) for a, b in zip(log.offsets, log.offsets[1:])])
+    split = data.temporal(log)
+    trained = np.concatenate([log.times[a : a + n] for a, n in zip(log.offsets, split.train_lengths)])
+    test_begins = np.quantile(log.times, 0.9)
+    valid_begins = np.quantile(log.times[log.times <= test_begins], 0.9)
+    assert sorted(trained) == sorted(log.times[log.times <= valid_begins])
+    for part, begins, ends in ((split.valid, valid_begins, test_begins), (split.test, test_begins, np.inf)):
+        expected = {}  # user -> place of the last item in the part, where something came before it
+        for user in range(len(log.users)):
+            inside = [i for i in range(*log.offsets[user : user + 2]) if begins < log.times[i] <= ends]
+            if inside and inside[-1] > log.offsets[user]:
+                expected[user] = inside[-1]
+        assert dict(zip(part.users, part.stops)) == expected
+        np.testing.assert_array_equal(part.starts, log.offsets[part.users])
+
+
+def test_the_temporal_split_says_what_it_lacks():
+    log = log_of([[0, 1, 2, 3], [4, 5, 6]])
+    with pytest.raises(UserError, match="no timestamps.*--split leave-one-out"):
+        data.temporal(log)
+    log.times = np.zeros(7)
+    with pytest.raises(UserError, match="no user has a target for validation"):
+        data.temporal(log)
+
+
+def test_times_follow_their_interactions(tmp_path):
+    path = tmp_path / "log.csv"
+    path.write_text("user,item,time\na,x,3\nb,y,5\na,y,1\na,z,2\nb,x,4\n")
+    log = data.read_log(path)
+    assert list(log.times) == [1, 2, 3, 4, 5]
+    assert [log.items[i] for i in log.sequence] == ["y", "z", "x", "x", "y"]
+
+
+@given(st.lists(st.lists(st.integers(0, 8), min_size=1, max_size=8), min_size=2, max_size=12), st.integers(2, 3))
+def test_the_k_core_is_the_largest_log_in_which_nobody_is_rare(sequences, k):
+    log = log_of(sequences)
+    pairs = [(u, i) for u, sequence in enumerate(sequences) for i in sequence]
+    while True:  # one after the other, whoever is rare
+        users, items = zip(*pairs) if pairs else ((), ())
+        rare = [p for p in pairs if users.count(p[0]) < k or items.count(p[1]) < k]
+        if not rare:
+            break
+        pairs = (
+            [p for p in pairs if p[0] != rare[0][0]]
+            if users.count(rare[0][0]) < k
+            else [p for p in pairs if p[1] != rare[0][1]]
+        )
+    if not pairs:
+        with pytest.raises(UserError, match="leaves no interaction"):
+            data.k_core(log, k)
+        return
+    core = data.k_core(log, k)
+    assert [(core.users[u], core.items[i]) for u in range(len(core.users)) for i in core.history(u)] == [
+        (str(u), str(i)) for u, i in pairs
+    ]
+
+
+def test_only_repeats_that_follow_each_other_are_dropped():
+    log = data.drop_repeats(log_of([[1, 1, 0, 1, 1, 1], [1, 0, 0]]))
+    assert [list(log.history(u)) for u in range(2)] == [[1, 0, 1], [1, 0]]
 
 
 @given(st.lists(st.integers(1, 12), min_size=1, max_size=20), st.integers(1, 6))
 def test_training_never_sees_a_held_out_item(lengths, max_length):
     log = log_of(np.split(np.arange(sum(lengths)), np.cumsum(lengths)[:-1]))  # every item is unique
     split = data.leave_one_out(log)
-    held_out = {int(log.sequence[s]) for part in ("valid", "test") for s in data.cases(log, split, part).stops}
+    held_out = {int(log.sequence[s]) for part in (split.valid, split.test) for s in part.stops}
     starts, windows = data.training_windows(log, split, max_length)
     for start, length in zip(starts, windows):
         assert 1 <= length <= max_length
@@ -213,17 +280,26 @@ def test_batches_cover_everything_once_in_an_order_set_by_the_epoch(n, size, epo
     np.testing.assert_array_equal(np.concatenate(found), np.concatenate(data.batches(n, size, 0, epoch)))
 
 
-def test_household_follows_its_chain_two_back():
-    log = planted.household()
-    again = planted.household()
-    assert log.sha256() == again.sha256() != planted.household(seed=1).sha256()
+@pytest.mark.parametrize("name, back", [("chain", 1), ("household", 2)])
+def test_planted_chains_follow_from_so_many_items_back(name, back):
+    log = planted.DATASETS[name]()
+    assert log.sha256() == planted.DATASETS[name]().sha256() != planted.DATASETS[name](seed=1).sha256()
     successors = {}
     for user in range(len(log.users)):
         history = log.history(user).tolist()
-        for before, after in zip(history, history[2:]):
+        for before, after in zip(history, history[back:]):
             successors.setdefault(before, set()).add(after)
     assert max(map(len, successors.values())) == planted.N_SUCCESSORS
     assert (len(log.users), len(log.items)) == (planted.N_USERS, planted.N_ITEMS)
+
+
+def test_taste_has_no_order_and_few_genres_a_user():
+    log = planted.taste()
+    genres = [np.bincount(log.history(u) % planted.N_GENRES) / len(log.history(u)) for u in range(len(log.users))]
+    assert 0.4 < np.mean([shares.max() for shares in genres]) < 0.9  # far above 1 / N_GENRES, and not one alone
+    halves = [np.array_split(log.history(u) % planted.N_GENRES, 2) for u in range(len(log.users))]
+    first, second = (np.mean([np.isin(a[i], a[1 - i]).mean() for a in halves]) for i in (0, 1))
+    assert abs(first - second) < 0.02  # what comes early tells of what comes late as the other way round
 
 
 @pytest.mark.parametrize(

@@ -25,7 +25,7 @@ def parameters():
 
 
 def ranks_of(parameters, log, part="test", config=CONFIG, **options):
-    wanted = data.cases(log, data.leave_one_out(log), part)
+    wanted = getattr(data.leave_one_out(log), part)
     return np.concatenate(list(evaluate.rank_targets(parameters, config, log.sequence, wanted, **options)))
 
 
@@ -47,7 +47,7 @@ def test_ranks_equal_those_of_a_sort(log, parameters, part, back, filter_seen):
 
 def test_a_seen_target_is_a_miss_at_every_cutoff(log, parameters):
     ranks = ranks_of(parameters, log)
-    wanted = data.cases(log, data.leave_one_out(log), "test")
+    wanted = data.leave_one_out(log).test
     seen = [log.sequence[b] in log.sequence[a:b] for a, b in zip(wanted.starts, wanted.stops)]
     np.testing.assert_array_equal(ranks == evaluate.MISS, seen)
     assert evaluate.metrics(ranks[seen])["HR@100"] == 0

@@ -30,7 +30,9 @@ def small():
     config = Config(20, hidden_size=8, max_length=6)
     training = {"loss": "ce", "negatives": 7, "epochs": 3, "batch_size": 16, "lr": 0.01, "patience": 10, "seed": 1}
     training |= {"backend": "numpy", "workers": 1}
-    return log, {"data": {"path": "?", "sha256": log.sha256()}, "model": asdict(config), "training": training}
+    source = {"path": "?", "sha256": log.sha256(), "format": None, "columns": None}
+    source |= {"split": "leave-one-out", "k_core": 1, "drop_repeats": False}
+    return log, {"data": source, "model": asdict(config), "training": training}
 
 
 def content(folder):
@@ -60,7 +62,7 @@ def test_the_checkpoint_is_the_best_on_validation(small, tmp_path):
     records, _ = train(log, settings, tmp_path / "run")
     config = runs.model_config(settings)
     parameters = runs.load_parameters(tmp_path / "run", config)
-    ranks = evaluate.rank_targets(parameters, config, log.sequence, data.cases(log, data.leave_one_out(log), "valid"))
+    ranks = evaluate.rank_targets(parameters, config, log.sequence, data.leave_one_out(log).valid)
     found = evaluate.metrics(np.concatenate(list(ranks)))
     assert found["NDCG@10"] == best(records)["NDCG@10"]
 

@@ -47,7 +47,7 @@ from training import (
 
 from minirec.attention import WEIGHTINGS
 from minirec.backend import plan
-from minirec.data import cases, leave_one_out, read_log
+from minirec.data import leave_one_out, read_log
 from minirec.decompose import RATIOS, block_caches, contribution_norms, mixing_ratios
 from minirec.errors import UserError
 from minirec.evaluate import CASES_AT_A_TIME, chunks, last_representations, metrics, rank_targets, recommend
@@ -385,7 +385,7 @@ def evaluate_log(problem):
     """A trainer that ranks all test targets; problem: (path or None, max_length). Returns HR@10."""
     path, max_length = problem
     log = load(path)
-    test = cases(log, leave_one_out(log), "test")
+    test = leave_one_out(log).test
     config = Config(len(log.items), max_length=max_length)
     parameters = init_parameters(config, SEED)
     with worker_map(usable_cores(), np) as run:
@@ -400,7 +400,7 @@ def evaluate_log(problem):
 def evaluation(path, max_length, repeats):
     """Return the lines of a table of one row: ranking the test targets of all users of a log."""
     log = load(path)
-    n_users = len(leave_one_out(log).users)
+    n_users = len(leave_one_out(log).test.users)
     name = Path(path).name if path else "synthetic log of the shape of Beauty"
     child = Contender(name, evaluate_log)
     say(f"evaluating {n_users} users of {name}, {repeats} times")
