@@ -2,6 +2,7 @@
 
 import csv
 import difflib
+import importlib
 import io
 import json
 import math
@@ -22,8 +23,9 @@ import numpy as np
 from click.core import ParameterSource
 
 import minirec
-from minirec import backend, runs
+from minirec import backend, planted, runs
 from minirec import gradcheck as checking
+from minirec import study as studying
 from minirec.attention import WEIGHTINGS
 from minirec.data import FORMATS, SPLITS
 from minirec.decompose import RATIOS, contributions, summarise
@@ -33,6 +35,7 @@ from minirec.evaluate import CUTOFFS, MISS, metrics, rank_targets
 from minirec.evaluate import recommend as recommend_items
 from minirec.loss import LOSSES
 from minirec.model import Config
+from minirec.statistics import FEWEST_SEEDS, JUDGED_BY
 from minirec.train import SELECTED_BY, best
 from minirec.train import train as train_model
 from minirec.workers import usable_cores, worker_map
@@ -158,21 +161,47 @@ def main():
     warnings.simplefilter("ignore", RuntimeWarning)  # overflow and NaN are caught, and named, where they matter
 
 
+def log_options(command):
+    """Add the options that say how a log is read, filtered and split."""
+    for option in reversed(LOG_OPTIONS):
+        command = option(command)
+    return command
+
+
+LOG_OPTIONS = [
+    click.option("--format", type=click.Choice(FORMATS), help="The log's format [default: recognised by content]."),
+    click.option("--columns", metavar="USER,ITEM[,TIME]", help="Its columns, where their names are not recognised."),
+    click.option(
+        "--split",
+        type=click.Choice(list(SPLITS)),
+        default="leave-one-out",
+        show_default=True,
+        help="What is held out: each user's last items, or the last tenth of time.",
+    ),
+    click.option(
+        "--k-core", type=SIZE, default=1, show_default=True, help="Keep users and items with at least so many entries."
+    ),
+    click.option("--drop-repeats", is_flag=True, help="Count an item that follows itself once."),
+]
+
+
+def log_source(path, options):
+    """Return the "data" of a run's settings, its fingerprint taken."""
+    source = {"path": path, "columns": comma_list(options["columns"])}
+    source |= {name: options[name] for name in ("format", "split", "k_core", "drop_repeats")}
+    source["sha256"] = runs.fingerprint(path)
+    if not runs.is_planted(path):
+        source["path"] = os.path.abspath(path)
+    return source
+
+
+def versions():
+    return {"minirec": minirec.__version__, "python": platform.python_version(), "numpy": np.__version__}
+
+
 @main.command()
 @click.option("--data", default=DEFAULT_DATA, show_default=True, help="A log of interactions, or the embedded dataset.")
-@click.option("--format", type=click.Choice(FORMATS), help="The log's format [default: recognised from its content].")
-@click.option("--columns", metavar="USER,ITEM[,TIME]", help="Its columns, where their names are not recognised.")
-@click.option(
-    "--split",
-    type=click.Choice(list(SPLITS)),
-    default="leave-one-out",
-    show_default=True,
-    help="What is held out: each user's last items, or the last tenth of time.",
-)
-@click.option(
-    "--k-core", type=SIZE, default=1, show_default=True, help="Keep users and items with at least so many interactions."
-)
-@click.option("--drop-repeats", is_flag=True, help="Count an item that follows itself once.")
+@log_options
 @backend_option
 @click.option(
     "--attn", type=click.Choice(WEIGHTINGS), default="softmax", show_default=True, help="Attention weighting."
@@ -213,11 +242,7 @@ def train(ctx, out, resume, as_json, **options):
     if before:
         _take_over(ctx, options, before)
         runs.find_log(folder, before, options["data"] if given else None)
-    source = {"path": options["data"], "columns": comma_list(options["columns"])}
-    source |= {name: options[name] for name in ("format", "split", "k_core", "drop_repeats")}
-    source["sha256"] = runs.fingerprint(source["path"])
-    if not runs.is_planted(source["path"]):
-        source["path"] = os.path.abspath(source["path"])
+    source = log_source(options["data"], options)
     sizes = [options[name] for name in ("hidden", "blocks", "heads", "max_length", "dropout", "attn")]
     try:
         Config(1, *sizes)
@@ -231,7 +256,7 @@ def train(ctx, out, resume, as_json, **options):
         "data": source,
         "model": asdict(config),
         "training": {name: options[name] for name in TRAINING_OPTIONS} | {"workers": workers},
-        "versions": {"minirec": minirec.__version__, "python": platform.python_version(), "numpy": np.__version__},
+        "versions": versions(),
     }
     folder = folder or runs.new_folder(log_name(options["data"]), config.attn)
     split = runs.split_log(log, settings)
@@ -359,6 +384,175 @@ def metrics_table(values, title):
             f"{'@' + str(k):>22}  " + "".join(f"{values[f'{name}@{k}']:9.4f}" for name in ("HR", "NDCG", "MRR"))
         )
     return "\n".join(lines)
+
+
+@main.command()
+@click.option("--data", multiple=True, help="A log; give it once a log [default: the embedded datasets].")
+@log_options
+@click.option("--attn", type=click.Choice(WEIGHTINGS), multiple=True, help="Weightings [default: all three].")
+@click.option("--seeds", type=click.IntRange(1, 1000), default=3, show_default=True, help="Runs of each weighting.")
+@click.option("--epochs", type=click.IntRange(min=1), default=200, show_default=True, help="At most so many.")
+@click.option("--patience", type=click.IntRange(min=1), default=10, show_default=True, help="Epochs without a gain.")
+@click.option("--max-length", type=SIZE, help="Latest items kept [default: 200 for long histories, else 50].")
+@click.option("--dropout", type=Number(0, 1, max_open=True), help="[default: 0.2 for dense logs, else 0.5].")
+@click.option("--workers", type=click.IntRange(min=1), help="Runs at a time [default: all usable cores].")
+@click.option("--out", type=click.Path(path_type=Path), default=runs.RUNS / "study", show_default=True)
+@json_option
+def study(data, attn, seeds, epochs, patience, max_length, dropout, workers, out, as_json, **log_settings):
+    """Is learned attention needed on this data? A grid of runs, statistics, figures and a verdict.
+
+    Trains softmax, uniform and identity attention with the same seeds, measures how much the trained models
+    mix positions, and names each log's regime. Started again, it goes on where it was stopped.
+
+    \b
+    python cli.py study
+    python cli.py study --data ratings.csv --seeds 5 --out runs/ratings-study
+    """
+    weightings = attn or WEIGHTINGS
+    if not {"softmax", "uniform"} <= set(weightings):
+        raise click.UsageError("a study compares softmax with uniform: --attn must name both.")
+    try:
+        importlib.import_module("scipy.stats")
+    except ImportError:  # now, not after the runs
+        raise UserError("a study needs scipy for its statistics: pip install 'minirec[study]'") from None
+    datasets = []
+    for path in data or planted.DATASETS:
+        dataset = _study_dataset(path, log_settings, epochs, patience, max_length, dropout)
+        if dataset.name in [other.name for other in datasets]:
+            raise click.UsageError(f"two logs are called {dataset.name}: rename one, or study it with another --out.")
+        datasets.append(dataset)
+    runs.make_folder(out)
+    with runs.locked(out):
+        jobs = studying.grid(datasets, weightings, seeds, out)
+        failures = _run_grid(jobs, workers or usable_cores())
+        say("summing up")
+        results, rows = studying.collect(jobs)
+        if not results:
+            raise UserError(f"no dataset has a finished run of each weighting: {failures[0]}")
+        studying.write_results(out, results, rows)
+        runs.write_json(out / "times.json", times := studying.times(jobs))
+        written = [out / name for name in ("study.json", "study.csv", "times.json")]
+        try:
+            from minirec import figures
+
+            written += figures.study_pictures(results, studying.learning_curves(jobs), out)
+        except ImportError:
+            say("no figures: they need matplotlib; pip install 'minirec[study]'")
+    if as_json:
+        say_json({"datasets": results})
+    else:
+        for name, result in results.items():
+            click.echo(study_table(name, result, times[name]))
+        click.echo("\n".join(["", *(studying.verdict(name, result) for name, result in results.items())]))
+    say(f"wrote {', '.join(map(str, written))}")
+    if seeds < FEWEST_SEEDS:
+        say(f"fewer than {FEWEST_SEEDS} seeds bear no regime out: try --seeds {FEWEST_SEEDS} or more")
+    if failures:
+        raise UserError(f"{len(failures)} of {len(jobs)} runs failed; the same command tries them again")
+
+
+def _study_dataset(path, log_settings, epochs, patience, max_length, dropout):
+    """Read a log, choose what was not given, and say what is studied."""
+    source = log_source(path, log_settings)
+    with reading(source["path"]) as update:
+        log = runs.load_log(source, update)
+    length, rate = studying.sensible(log)
+    length, rate = max_length or length, rate if dropout is None else dropout
+    settings = {
+        "data": source,
+        "model": asdict(Config(len(log.items), max_length=length, dropout=rate)),
+        "training": {"loss": "ce", "negatives": 1024, "epochs": epochs, "batch_size": 128, "lr": 1e-3}
+        | {"patience": patience, "backend": "numpy"},
+        "versions": versions(),
+    }
+    split = runs.split_log(log, settings)
+    say(
+        f"{log_name(path)}: {len(log.users):,} users, {len(log.items):,} items, {len(log.sequence):,} interactions; "
+        f"{len(split.test.users):,} test users; the last {length} items, dropout {rate}"
+    )
+    if not len(split.test.users) or not len(split.valid.users):
+        raise UserError(f"{path}: no user to test on; the log is too small for a {source['split']} split")
+    return studying.Dataset(log_name(path), log, settings)
+
+
+def _run_grid(jobs, n_processes):
+    """Run what is left of a grid, under a bar or with a line a run; return what failed, as lines."""
+    left = [job for job in jobs if studying.load_analysis(job) is None]
+    if len(left) < len(jobs):
+        say(f"{len(jobs) - len(left)} of {len(jobs)} runs are finished already")
+    weights = {job.folder: len(job.dataset.log.sequence) for job in left}  # what an epoch costs
+    done, lengths, failures = dict.fromkeys(weights, 0.0), {}, []
+    began, terminal, ended = time.perf_counter(), on_terminal(), 0
+    total = sum(weights.values())
+    with progress("training", total) as update:
+        shown = 0
+        for job, event, value in studying.run_grid(left, n_processes):
+            epochs = lengths.setdefault((job.dataset.name, job.attn), [])
+            if event == "epoch":  # early stopping ends most runs: the last ones of the kind say when
+                expected = np.mean(epochs) if epochs else job.settings()["training"]["epochs"]
+                done[job.folder] = weights[job.folder] * min(value["epoch"] / expected, 0.95)
+                last = value["epoch"]
+            else:
+                done[job.folder] = weights[job.folder]
+                ended += 1
+                last = (job.folder / "metrics.jsonl").read_text().count("\n") if event == "done" else 0
+                epochs += [last] if last else []
+            share = sum(done.values()) / total
+            text = f"{job}: epoch {last}"
+            if event == "failed":
+                failures.append(f"{job}: {one_line(value)}")
+                say(f"failed: {failures[-1]}")
+            elif terminal:
+                update(int(sum(done.values())) - shown, text)
+                shown = int(sum(done.values()))
+            elif event == "done":
+                rest = (time.perf_counter() - began) * (1 / share - 1)
+                say(f"[{ended}/{len(left)}] {job}: {last} epochs; about {rest / 60:.0f} min left")
+    return failures
+
+
+def study_table(name, result, times):
+    """Return a dataset's arms, baselines and effects as lines of text."""
+    columns = ("HR@1", "HR@10", "NDCG@10", "NDCG@100")
+    lines = ["", f"{name:<34}" + "".join(f"{c:>15}" for c in columns) + f"{'ms/user':>9}"]
+    for attn, values in result["metrics"].items():
+        cells = (
+            f"{values[c]['mean']:.4f}" + (f" ±{values[c]['std']:.4f}" if values[c]["std"] is not None else "")
+            for c in columns
+        )
+        lines.append(
+            f"  {attn:<32}" + "".join(f"{c:>15}" for c in cells) + f"{np.median(times[attn]['milliseconds']):9.2f}"
+        )
+    others = {"softmax, uniform put in": result["substitution"]["all"]}
+    others |= {f"softmax, uniform in {k}": v for k, v in result["substitution"].items() if k != "all"}
+    others |= {f"{attn}, history shuffled": values for attn, values in result["shuffled"].items()}
+    for title, values in (others | result["baselines"]).items():
+        lines.append(f"  {title:<32}" + "".join(f"{values[c]:>15.4f}" for c in columns))
+    for what, (a, b) in studying.COMPARED.items():
+        if what in result:
+            lines.append(f"  {what + ':':<12} {a} - {b}, {JUDGED_BY} {effect(result[what][JUDGED_BY])}")
+    mixing = result["mixing"]
+    ratios = ", ".join(f"block {i} {block['attn_res_ln']['mean']:.3f}" for i, block in enumerate(mixing["blocks"]))
+    lines.append(
+        f"  mixing ratio {result['mixing_ratio']:.3f} ({ratios}; at the latest position "
+        f"{mixing['latest']['attn_res_ln']['mean']:.3f}), entropy of A {mixing['all']['entropy']['mean']:.3f}"
+    )
+    return "\n".join(lines)
+
+
+def effect(comparison):
+    """Return a comparison of two arms as text."""
+    c = comparison
+    relative = "" if c["relative"] is None else f" ({c['relative']:+.1%})"
+    intervals = [
+        f"95 % over {over} {low:+.4f} to {high:+.4f}"
+        for over, interval in (("seeds", c["interval_seeds"]), ("users", c["interval_users"]))
+        if interval
+        for low, high in [interval]
+    ]
+    g = "" if c["hedges_g"] is None else f"; g = {c['hedges_g']:+.2f}"
+    p = "" if c["p"] is None else f", p = {c['p']:.2g}"
+    return f"{c['difference']:+.4f}{relative}, {', '.join(intervals)}{g}{p}"
 
 
 @main.command()

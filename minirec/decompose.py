@@ -27,19 +27,27 @@ from minirec.workers import cut
 
 RATIOS = ("attn", "attn_res", "attn_res_ln")
 RECENT = 15  # positions in a heatmap
+MICRO_BATCHES = 2  # in a piece of work: without a loss and a backward, larger pieces keep threads busier
 TINY = 1e-30  # keeps 0/0 at 0
 
 
 def norms(x):
     """Return the Euclidean norm of each last-axis vector of x."""
+    return get_array_module(x).sqrt(dots(x, x))
+
+
+def dots(x, y):
+    """Return the inner product of each pair of last-axis vectors of x and y."""
     xp = get_array_module(x)
-    return xp.sqrt((x * x).sum(axis=-1))
+    return (x * y) @ xp.ones(x.shape[-1], x.dtype)  # a row sum is fastest as a product
 
 
 def through_layer_norm(z, layer_norm_cache):
     """Return gamma (z - mean z), [..., D]: g_i(z) but for the 1/sigma_i."""
     _, _, gamma, average = layer_norm_cache
-    return (z - z @ average) * gamma
+    out = z - z @ average
+    out *= gamma
+    return out
 
 
 def keep_and_mix(cache, p, groups):
@@ -52,28 +60,25 @@ def keep_and_mix(cache, p, groups):
     mixed, _ = cache["o"]  # concat_h A_h v_h, [N, D]
     kept = xp.empty_like(mixed)
     for group, (_, _, v, a, _, _) in zip(groups, cache["attention"]):
-        from_heads(xp.diagonal(a, axis1=-2, axis2=-1)[..., None] * v, group, kept)  # A_h[i,i] v_h[i]
+        own = xp.diagonal(a, axis1=-2, axis2=-1)[..., None]  # A_h[i,i]
+        xp.multiply(own, v, out=to_heads(kept, group, v.shape[1]))  # a view, the group being dense
     return kept @ p["attention.w_o"], (mixed - kept) @ p["attention.w_o"]
 
 
 def mixing_ratios(cache, p, groups):
-    """Return {ratio: [N]} of one block (see keep_and_mix)."""
+    """Return {ratio: [N]} of one block (see keep_and_mix), and |g_i(F_ii + x_i)| [N]."""
     xp = get_array_module(cache["x"])
     keep, mix = keep_and_mix(cache, p, groups)
     keep_res = keep + cache["x"]
+    layer_normed = [norms(through_layer_norm(z, cache["attention_norm"])) for z in (keep_res, mix)]
+    mixes = norms(mix)
     parts = {
-        "attn": (keep, mix),
-        "attn_res": (keep_res, mix),
-        "attn_res_ln": (  # the 1/sigma_i cancels in the ratio
-            through_layer_norm(keep_res, cache["attention_norm"]),
-            through_layer_norm(mix, cache["attention_norm"]),
-        ),
+        "attn": (norms(keep), mixes),
+        "attn_res": (norms(keep_res), mixes),
+        "attn_res_ln": layer_normed,  # the 1/sigma_i cancels in the ratio
     }
-    ratios = {}
-    for name, (keeps, mixes) in parts.items():
-        mixes = norms(mixes)
-        ratios[name] = mixes / xp.maximum(mixes + norms(keeps), TINY)
-    return ratios
+    ratios = {name: mixes / xp.maximum(mixes + keeps, TINY) for name, (keeps, mixes) in parts.items()}
+    return ratios, layer_normed[0] / cache["attention_norm"][1][:, 0]
 
 
 def entropies(cache, groups):
@@ -92,11 +97,11 @@ def entropies(cache, groups):
     return out
 
 
-def contribution_norms(cache, p, group, place, recent=None):
+def contribution_norms(cache, p, own, group, place, recent=None):
     """Return |g_i(F_ij + delta_ij x_i)| of one block and group: [g, n, n], query i, key j.
 
-    cache, p as in keep_and_mix; group: the place-th of the batch; recent: keep only the last n
-    positions, None = all L.
+    cache, p as in keep_and_mix; own [N]: its diagonal, from mixing_ratios; group: the place-th of the
+    batch; recent: keep only the last n positions, None = all L.
     For one key j, F_ij lies in the span of H vectors t_h = gamma (f_h(x_j) - mean), and only the
     weights A_h[i,j] depend on i. With T = [t_1 .. t_H] = Q R (Gram-Schmidt; Q orthonormal),
         |sum_h A_h t_h| = |Q R A| = |R A|,
@@ -108,29 +113,48 @@ def contribution_norms(cache, p, group, place, recent=None):
     n = min(recent or length, length)
     a = xp.broadcast_to(a, v.shape[:3] + (length,))[:, :, length - n :, length - n :]  # [g, H, n, n]
     w_o = p["attention.w_o"].reshape(n_heads, -1, p["attention.w_o"].shape[1])  # [H, K, D]
-    f = v[:, :, length - n :] @ w_o  # f_h(x_j), [g, H, n, D]
-    t = through_layer_norm(f, cache["attention_norm"])
-    squares = 0
-    basis = []
-    for h in range(n_heads):  # row h of R A needs R[h, h'] = q_h . t_h' for h' >= h
-        q = t[:, h]
-        for earlier in basis:
-            q = q - earlier * (earlier * q).sum(axis=-1, keepdims=True)
-        size, least = norms(q), 100 * xp.finfo(q.dtype).eps * norms(t[:, h])
-        # What is left of a vector that depends on the earlier ones is rounding: no direction of its own.
-        q = q * ((size > least) / xp.maximum(size, TINY))[..., None]  # [g, n, D]
-        basis.append(q)
-        row = 0
-        for other in range(h, n_heads):
-            row = row + (q * t[:, other]).sum(axis=-1)[:, None, :] * a[:, other]  # [g, n, n]
-        squares = squares + row * row
-    sigma = to_heads(cache["attention_norm"][1], group, 1)[:, 0, length - n :]  # [g, n, 1]
-    result = xp.sqrt(squares) / sigma
-    x = to_heads(cache["x"], group, 1)[:, 0, length - n :]  # [g, n, D]
-    own = (xp.diagonal(a, axis1=-2, axis2=-1)[..., None] * f).sum(axis=1)  # F_ii, [g, n, D]
+    # gamma (z - mean z) is linear: done to W_o, it is done to every f_h(x_j).
+    w_t = through_layer_norm(w_o, cache["attention_norm"])
+    t = v[:, :, length - n :].swapaxes(0, 1).reshape(n_heads, group.count * n, -1) @ w_t
+    r = triangle(t.reshape(n_heads, group.count, n, -1))
+    result = 0
+    for i in range(n_heads):
+        row = a[:, i] * r[i, i][:, None, :]  # of R A, [g, n, n]
+        for h in range(i + 1, n_heads):
+            row += a[:, h] * r[i, h][:, None, :]
+        row *= row
+        result += row
+    xp.sqrt(result, out=result)
+    result /= to_heads(cache["attention_norm"][1], group, 1)[:, 0, length - n :]  # sigma_i, [g, n, 1]
     each = xp.arange(n)
-    result[:, each, each] = norms(through_layer_norm(own + x, cache["attention_norm"])) / sigma[..., 0]
+    result[:, each, each] = to_heads(own[:, None], group, 1)[:, 0, length - n :, 0]
     return result
+
+
+def triangle(t):
+    """Return {(i, h): [g, n]}, i <= h, the R of T = Q R for each sequence and key (Gram-Schmidt).
+
+    t [H, g, n, D]: the H columns of T. What is left of a vector that depends on the earlier ones is
+    rounding and no direction of its own: its row of R is 0.
+    """
+    xp = get_array_module(t)
+    r, left = {}, []  # left: of each earlier vector, what is orthogonal to those before it, and 1/its norm
+    for h, q in enumerate(t):
+        square = 0
+        for i, (earlier, inverse) in enumerate(left):
+            r[i, h] = dots(earlier, q) * inverse
+            q = q - earlier * (r[i, h] * inverse)[..., None]
+            square = square + r[i, h] * r[i, h]
+        size = norms(q)
+        own = size > 100 * xp.finfo(t.dtype).eps * xp.sqrt(square + size * size)
+        r[h, h] = size * own
+        left.append((q, own / xp.maximum(size, TINY)))
+    return r
+
+
+def pieces(lengths, xp):
+    """Cut sequences of lengths [B] into pieces of work: a list of index arrays."""
+    return cut(lengths, 1, MICRO_BATCHES * plan(xp).micro_batch_tokens)[0]
 
 
 def block_caches(parameters, config, sequence, starts, lengths):
@@ -182,13 +206,14 @@ def decompose(parameters, config, sequences, run=map, progress=None):
         results = []
         for i, cache in enumerate(caches):
             p = below(parameters, f"blocks.{i}.")
-            values = mixing_ratios(cache, p, batch.groups) | {"entropy": entropies(cache, batch.groups)}
+            ratios, own = mixing_ratios(cache, p, batch.groups)
+            values = ratios | {"entropy": entropies(cache, batch.groups)}
             values = {name: to_host(value) for name, value in values.items()}
             maps = {name: np.zeros((RECENT, RECENT)) for name in ("attention", "contribution")}
             for place, group in enumerate(batch.groups):
                 n = min(RECENT, group.length)
                 recent = (slice(RECENT - n, None),) * 2
-                norm = contribution_norms(cache, p, group, place, RECENT)
+                norm = contribution_norms(cache, p, own, group, place, RECENT)
                 a = cache["attention"][place][3]
                 a = xp.broadcast_to(a, (group.count, config.n_heads) + a.shape[-2:])[..., -n:, -n:]
                 maps["attention"][recent] += to_host(a.mean(axis=1).sum(axis=0))
@@ -196,7 +221,7 @@ def decompose(parameters, config, sequences, run=map, progress=None):
             results.append((values, maps))
         return rows, results
 
-    for rows, results in run(decompose_piece, cut(lengths, 1, plan(xp).micro_batch_tokens)[0]):
+    for rows, results in run(decompose_piece, pieces(lengths, xp)):
         for block, (values, maps) in zip(blocks, results):
             for name, value in values.items():
                 block[name][rows] = value
@@ -257,7 +282,9 @@ def contributions(parameters, config, sequence):
     """Return |g_i(F_ij + delta_ij x_i)| of one sequence, as a list of [L, L] host arrays, one a block."""
     sequence = np.asarray(sequence)[-config.max_length :]
     batch, caches = block_caches(parameters, config, sequence, np.array([0]), np.array([len(sequence)]))
-    return [
-        to_host(contribution_norms(cache, below(parameters, f"blocks.{i}."), batch.groups[0], 0)[0])
-        for i, cache in enumerate(caches)
-    ]
+    found = []
+    for i, cache in enumerate(caches):
+        p = below(parameters, f"blocks.{i}.")
+        _, own = mixing_ratios(cache, p, batch.groups)
+        found.append(to_host(contribution_norms(cache, p, own, batch.groups[0], 0)[0]))
+    return found

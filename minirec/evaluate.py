@@ -31,18 +31,26 @@ def last_representations(parameters, config, sequence, starts, stops):
     return out
 
 
-def candidate_scores(parameters, x, sequence, starts, stops, filter_seen):
-    """Score all items for representations x [c, D]: x E^T, [c, V], with -inf for seen items."""
-    xp = get_array_module(x)
-    items = parameters["item_embedding"]
-    scores = x @ items.T  # [c, V]
-    if filter_seen:
-        lengths = stops - starts
-        rows = np.repeat(np.arange(len(starts)), lengths)
-        places = np.arange(len(rows)) + np.repeat(starts - (np.cumsum(lengths) - lengths), lengths)
-        seen = np.unique(rows * len(items) + sequence[places])  # each once: repeats are common
-        scores.reshape(-1)[to_device(seen, xp)] = -xp.inf
-    return scores
+def remove_seen(scores, sequence, starts, stops):
+    """Set scores [c, V] to -inf, in place, where row i's item is in sequence[starts[i]:stops[i]]."""
+    xp = get_array_module(scores)
+    lengths = stops - starts
+    rows = np.repeat(np.arange(len(starts)), lengths)
+    places = np.arange(len(rows)) + np.repeat(starts - (np.cumsum(lengths) - lengths), lengths)
+    seen = np.unique(rows * scores.shape[1] + sequence[places])  # each once: repeats are common
+    scores.reshape(-1)[to_device(seen, xp)] = -xp.inf
+
+
+def ranks_of(target, scores, rounding):
+    """Return how many items stand before target [c] in scores [c, V], which are exact to `rounding` [c]; MISS at -inf.
+
+    Whoever is not clearly below the target stands before it: a tie is never in its favour, also where
+    equal sums were rounded differently in different columns of a product.
+    """
+    xp = get_array_module(scores)
+    score = scores[xp.arange(len(target)), target]  # [c]
+    ahead = scores.shape[1] - (scores < (score - rounding)[:, None]).sum(axis=1) - 1  # the target itself apart
+    return xp.where(xp.isfinite(score), ahead, MISS)
 
 
 def chunks(n, size):
@@ -65,21 +73,19 @@ def rank_targets(parameters, config, sequence, cases, filter_seen=True, run=map)
         x = last_representations(parameters, config, sequence, starts, stops)
         ranks = []
         for part in chunks(len(starts), rows):
-            scores = candidate_scores(parameters, x[part], sequence, starts[part], stops[part], filter_seen)
+            scores = x[part] @ items.T  # [c, V]
+            if filter_seen:
+                remove_seen(scores, sequence, starts[part], stops[part])
             target = to_device(sequence[stops[part]], xp)
-            score = scores[xp.arange(len(target)), target][:, None]  # [c, 1]
-            # Whoever is not clearly below the target stands before it: a tie is never in its favour, also
-            # where equal sums were rounded differently in different columns of the product.
-            rounding = 16 * xp.finfo(x.dtype).eps * (abs(x[part]) * abs(items[target])).sum(axis=1)[:, None]
-            ahead = config.n_items - (scores < score - rounding).sum(axis=1) - 1  # [c], the target itself apart
-            ranks.append(xp.where(xp.isfinite(score[:, 0]), ahead, MISS))
+            rounding = 16 * xp.finfo(x.dtype).eps * (abs(x[part]) * abs(items[target])).sum(axis=1)
+            ranks.append(ranks_of(target, scores, rounding))
         return to_host(xp.concatenate(ranks))
 
     return run(rank, chunks(len(cases.stops), CASES_AT_A_TIME))
 
 
-def metrics(ranks):
-    """Return {"HR@1": ..., "NDCG@1": ..., "MRR@1": ..., ...} at CUTOFFS, means over ranks [M] (0 = best).
+def user_values(ranks):
+    """Return {"HR@1": ..., "NDCG@1": ..., "MRR@1": ..., ...} at CUTOFFS for each of ranks [M] (0 = best), [M] each.
 
     With one target a case: HR@k = [rank < k], NDCG@k = [rank < k] / log2(rank + 2),
     MRR@k = [rank < k] / (rank + 1).
@@ -87,10 +93,25 @@ def metrics(ranks):
     values = {}
     for k in CUTOFFS:
         hit = ranks < k
-        values[f"HR@{k}"] = float(hit.mean())
-        values[f"NDCG@{k}"] = float((hit / np.log2(ranks + 2)).mean())
-        values[f"MRR@{k}"] = float((hit / (ranks + 1)).mean())
+        values |= {f"HR@{k}": hit, f"NDCG@{k}": hit / np.log2(ranks + 2), f"MRR@{k}": hit / (ranks + 1)}
     return values
+
+
+def metrics(ranks):
+    """Return the means of user_values, as floats."""
+    return {name: float(values.mean()) for name, values in user_values(ranks).items()}
+
+
+def best_of(scores, k):
+    """Return the k best columns of each row of scores [c, V], best first, and their scores; both [c, k].
+
+    Equal scores: lower column first. Only what reaches the k-th best score is sorted.
+    """
+    least = np.partition(scores, -k, axis=1)[:, -k:].min(axis=1, keepdims=True)
+    rows, columns = np.nonzero(scores >= least)  # at least k a row, columns ascending
+    order = np.lexsort((-scores[rows, columns], rows))  # stable
+    columns = columns[order][np.searchsorted(rows, np.arange(len(scores)))[:, None] + np.arange(k)]
+    return columns, np.take_along_axis(scores, columns, axis=1)
 
 
 def recommend(parameters, config, histories, k, run=map):
@@ -108,8 +129,8 @@ def recommend(parameters, config, histories, k, run=map):
     def best(chunk):
         starts, ends = stops[chunk] - lengths[chunk], stops[chunk]
         x = last_representations(parameters, config, sequence, starts, ends)
-        scores = to_host(candidate_scores(parameters, x, sequence, starts, ends, filter_seen=True))
-        order = np.argsort(-scores, axis=1, kind="stable")[:, :k]
-        return order, np.take_along_axis(scores, order, axis=1)
+        scores = x @ items.T  # [c, V]
+        remove_seen(scores, sequence, starts, ends)
+        return best_of(to_host(scores), k)
 
     return run(best, chunks(len(histories), rows))

@@ -1,8 +1,21 @@
-"""Pictures, with matplotlib (extra `study`); nothing here is imported unless a picture is asked for."""
+"""Pictures, with matplotlib (extra `study`); nothing here is imported unless a picture is asked for.
+
+They are to be read in grey and at the width of a column: arms and datasets differ by marker and line,
+not by colour alone.
+"""
 
 import numpy as np
 
+from minirec.decompose import RATIOS
 from minirec.runs import write
+from minirec.statistics import JUDGED_BY, MIXES_ABOVE, mean_g, published
+
+STYLES = {  # of the weightings: line, grey
+    "softmax": ("-", "0.0"),
+    "uniform": ("--", "0.35"),
+    "identity": (":", "0.35"),
+}
+RATIO_STYLES = dict(zip(RATIOS, (("Attn", ":", "0.5"), ("AttnRes", "--", "0.35"), ("AttnResLN", "-", "0.0"))))
 
 
 def new_figure(rows, columns, width, height):
@@ -27,18 +40,122 @@ def heatmaps(result, path):
     result: as from decompose.decompose; path: the PNG. Query positions run down, key positions
     across, both counted back from the latest, which is 0.
     """
-    blocks = result["blocks"]
+    draw_heatmaps(result["blocks"], path)
+
+
+def draw_heatmaps(blocks, path, title=None):
+    """Draw what heatmaps does; blocks: a list of {"attention", "contribution": [n, n], NaN where there is nothing}."""
     figure, axes = new_figure(len(blocks), 2, 7, 3.2 * len(blocks))
     titles = {"attention": "attention weight (mean of heads)", "contribution": "contribution norm (AttnResLN)"}
+    figure.suptitle(title, fontsize=10)
     for i, block in enumerate(blocks):
-        for axis, (name, title) in zip(axes[i], titles.items()):
+        for axis, (name, text) in zip(axes[i], titles.items()):
             n = len(block[name])
             edges = np.arange(-n + 0.5, 1)
             image = axis.pcolormesh(edges, edges, np.ma.masked_invalid(block[name]), cmap="cividis", vmin=0)
             axis.invert_yaxis()
             axis.set(
-                aspect="equal", title=f"block {i}: {title}", xlabel="key position (0 = latest)", ylabel="query position"
+                aspect="equal", title=f"block {i}: {text}", xlabel="key position (0 = latest)", ylabel="query position"
             )
             axis.title.set_fontsize(9)
             figure.colorbar(image, ax=axis, shrink=0.8)
+    save(figure, path)
+
+
+def study_pictures(results, curves, folder):
+    """Draw all pictures of a study into a folder; return their paths.
+
+    results: {dataset: as from study.describe_dataset}; curves: as from study.learning_curves.
+    """
+    paths = [folder / "rq3.png"]
+    rq3_plane(results, paths[0])
+    for name, result in results.items():
+        blocks = [
+            {key: np.array(block[key], float) for key in ("attention", "contribution")} for block in result["pictures"]
+        ]
+        paths += [folder / f"{name}-{picture}.png" for picture in ("heatmaps", "ratios", "curves")]
+        draw_heatmaps(blocks, paths[-3], f"{name}: the most recent positions, softmax, mean over seeds")
+        ratio_distributions(name, result["pictures"], paths[-2])
+        learning_curves(name, curves[name], paths[-1])
+    return paths
+
+
+def rq3_plane(results, path):
+    """Draw how much a model mixes against what learned weighting gains: our datasets, the published ones, regimes."""
+    points = {  # name -> ratio, g
+        name: (point["mixing_ratio"], mean_g(point["hedges_g"].values()))
+        for name, point in published()["datasets"].items()
+    }
+    own = {name: (r["mixing_ratio"], r["mean_g"]) for name, r in results.items() if r["mean_g"] is not None}
+    left, right = 0, max(0.5, *(1.15 * x for x, _ in own.values())) if own else 0.5
+    # Published effect sizes lie within 3; planted ones reach 100. Linear to 1, logarithmic beyond.
+    heights = [g for _, g in (*points.values(), *own.values())]
+    low, high = min(-3.0, 2 * min(heights)), max(4.0, 2 * max(heights))
+    figure, ((axis,),) = new_figure(1, 1, 6.2, 4.6)
+    axis.axvspan(left, MIXES_ABOVE, color="0.93", zorder=0)
+    axis.fill_between([MIXES_ABOVE, right], 0, high, color="0.86", zorder=0)
+    axis.axhline(0, color="0.4", linewidth=0.8)
+    for x, y, text in (
+        (left + 0.005, high, "preserving"),
+        (MIXES_ABOVE + 0.005, high, "mixing with reliance"),
+        (MIXES_ABOVE + 0.005, low, "mixing without reliance"),
+    ):
+        axis.text(x, y / 1.05, text, fontsize=8, style="italic", va="top" if y > 0 else "bottom")
+    for group, marker, face, label in (
+        (points, "o", "white", "published (Kozaki et al. 2026)"),
+        (own, "D", "black", "this study"),
+    ):
+        if group:
+            axis.scatter(
+                *zip(*group.values()), marker=marker, facecolor=face, edgecolor="black", s=26, label=label, zorder=3
+            )
+        for name, (x, y) in group.items():
+            axis.annotate(
+                name,
+                (x, y),
+                xytext=(4, 3),
+                textcoords="offset points",
+                fontsize=7,
+                weight="bold" if group is own else None,
+            )
+    axis.set_yscale("symlog", linthresh=1)
+    axis.set(
+        xlim=(left, right),
+        ylim=(low, high),
+        xlabel="mixing ratio (mean AttnResLN, softmax models)",
+        ylabel="mean Hedges' g, softmax over uniform",
+    )
+    axis.yaxis.set_major_formatter("{x:g}")
+    axis.legend(fontsize=8, loc="lower left")
+    save(figure, path)
+
+
+def ratio_distributions(name, blocks, path):
+    """Draw the distributions of the three mixing ratios over all positions, a panel a block.
+
+    blocks: a list of {ratio: counts in equal bins over [0, 1]}.
+    """
+    figure, axes = new_figure(1, len(blocks), 3.1 * len(blocks), 2.6)
+    for i, (block, axis) in enumerate(zip(blocks, axes[0])):
+        for key, (label, line, grey) in RATIO_STYLES.items():
+            counts = np.array(block[key], float)
+            edges = np.linspace(0, 1, len(counts) + 1)
+            share = 100 * counts / counts.sum()
+            axis.stairs(share, edges, linestyle=line, color=grey, label=label, linewidth=1.3)
+        axis.set(xlim=(0, 1), title=f"{name}, block {i}", xlabel="mixing ratio", ylabel="% of positions")
+        axis.title.set_fontsize(9)
+    axes[0][-1].legend(fontsize=8)
+    save(figure, path)
+
+
+def learning_curves(name, curves, path):
+    """Draw the validation metric of each epoch, a line a run; curves: {attn: [values, a list a seed]}."""
+    figure, ((axis,),) = new_figure(1, 1, 4.2, 2.8)
+    for attn, found in curves.items():
+        line, grey = STYLES[attn]
+        for seed, values in enumerate(found):
+            axis.plot(range(1, len(values) + 1), values, line, color=grey, linewidth=1, label=None if seed else attn)
+    axis.set(title=name, xlabel="epoch", ylabel=f"validation {JUDGED_BY}", ylim=(0, None))
+    axis.title.set_fontsize(9)
+    axis.legend(fontsize=8)
     save(figure, path)

@@ -149,7 +149,7 @@ def opened(folder, resume):
         raise UserError(f"{folder}: cannot be used as a run folder ({error.strerror or error})") from None
     if strangers and not (folder / "config.json").exists():
         raise UserError(f"{folder}: holds {strangers[0]} and no run; choose a new or empty folder")
-    with _locked(folder):
+    with locked(folder):
         if (folder / "state.npz").exists() and not resume:
             raise UserError(f"{folder}: holds a run already; add --resume to continue it, or choose another --out")
         for stale in folder.glob(".*.tmp"):
@@ -158,7 +158,8 @@ def opened(folder, resume):
 
 
 @contextlib.contextmanager
-def _locked(folder):
+def locked(folder):
+    """Hold a folder for as long as the context lasts. Raises UserError where another process does."""
     try:
         import fcntl
     except ImportError:  # Windows has no flock; one process at a time is then up to the user
@@ -212,8 +213,11 @@ def load_log(source, progress=None):
 
 
 def split_log(log, settings):
-    """Return the Split of a run's log."""
-    return data.SPLITS[settings["data"]["split"]](log)
+    """Return the Split of a run's log. Raises UserError, naming the log, where it cannot be split so."""
+    try:
+        return data.SPLITS[settings["data"]["split"]](log)
+    except UserError as error:
+        raise UserError(f"{settings['data']['path']}: {error}") from None
 
 
 def is_planted(path):
@@ -340,13 +344,7 @@ def load_state(folder, settings, n_steps):
     path = folder / "state.npz"
     if not path.exists():
         return None
-    before = load_settings(folder)
-    wanted, found = (fixed_settings(s) for s in (settings, before))
-    for name in wanted:
-        if wanted[name] != found.get(name):
-            raise UserError(
-                f"{folder}: was trained with {name} {found.get(name)}, not {wanted[name]}; resume it as it began"
-            )
+    check_same(folder, settings)
     state = read_arrays(path)
     damaged = UserError(f"{path}: not the state of such a run; delete it to start afresh")
     sizes = {"P": (parameter_count(model_config(settings)),), "S": (n_steps,), "": ()}
@@ -357,6 +355,17 @@ def load_state(folder, settings, n_steps):
     if state["step"] < 0:
         raise damaged
     return state
+
+
+def check_same(folder, settings):
+    """Raise UserError where the run in a folder was trained with other settings."""
+    wanted, found = (fixed_settings(s) for s in (settings, load_settings(folder)))
+    for name in wanted:
+        if wanted[name] != found.get(name):
+            raise UserError(
+                f"{folder}: was trained with {name} {found.get(name)}, not {wanted[name]}; "
+                "resume it as it began, or choose another --out"
+            )
 
 
 def load_records(folder, n):

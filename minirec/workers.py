@@ -49,7 +49,7 @@ def usable_cores():
 def keep_freed_memory():
     """Ask glibc's malloc to keep what is freed instead of returning it to the system.
 
-    Every micro-batch frees and takes arrays of the same sizes; without this, each is fetched and zeroed
+    Every piece of work frees and takes arrays of the same sizes; without this, each is fetched and zeroed
     anew, page by page. Worker processes inherit the setting.
     """
     if sys.platform == "linux":
@@ -65,6 +65,7 @@ def worker_map(n, xp):
 
     On a GPU (xp is CuPy) one thread is enough to feed the device, whatever n.
     """
+    keep_freed_memory()
     with threadpool_limits(1, "blas"):
         if n == 1 or xp is not np:
             yield map

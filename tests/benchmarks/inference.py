@@ -4,7 +4,8 @@
 
     decomposition   Given the forward caches of 128 sequences: the mixing ratios and the norms of all
                     pairwise contributions of both blocks, by minirec.decompose and by PyTorch from
-                    the same caches, which builds F [B, L, L, D] and takes all norms from that.
+                    the same caches, which builds F [B, L, L, D]: line by line as defined, in place, and in
+                    place for a few sequences at a time.
                     First both are checked to give the same numbers. Left out without PyTorch.
     serving         Representing a history by its last position, and with scoring of all items and the
                     10 best: for one user at a time on one core, and for many at a time on all cores.
@@ -25,6 +26,7 @@ import statistics
 import sys
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -46,19 +48,19 @@ from training import (
 )
 
 from minirec.attention import WEIGHTINGS
-from minirec.backend import plan
 from minirec.data import leave_one_out, read_log
-from minirec.decompose import RATIOS, block_caches, contribution_norms, mixing_ratios
+from minirec.decompose import RATIOS, block_caches, contribution_norms, mixing_ratios, pieces
 from minirec.errors import UserError
 from minirec.evaluate import CASES_AT_A_TIME, chunks, last_representations, metrics, rank_targets, recommend
 from minirec.model import Config, below, init_parameters
-from minirec.workers import cut, usable_cores, worker_map
+from minirec.workers import usable_cores, worker_map
 
 N_ITEMS = 12_101  # of Beauty (Amazon, 5-core)
 LENGTHS = (50, 200)
 SEQUENCES = 128  # B, to decompose
 TOLERANCE = 1e-5  # of the check, absolute, in float32
 TRIES = 2  # steps with each choice of threads and sequences at a time, before the timing
+CALLS = {50: 3, 200: 1}  # decompositions in a turn: waking up from the pause before it must count for little
 TOP = 10  # items to recommend
 ALONE = 50  # users that are served one after the other in one measurement
 
@@ -96,27 +98,28 @@ def example(length):
 def decompose_minirec(length):
     """Yield decompose(run) -> results of minirec for an example, its caches filled already.
 
-    As minirec.decompose does, it takes one micro-batch at a time. Results are a list with, for each
-    micro-batch and block, ({ratio: [N]}, [contribution norms [g, L, L], a group each]).
+    As minirec.decompose does, it takes one piece of work at a time. Results are a list with, for each
+    piece and block, ({ratio: [N]}, [contribution norms [g, L, L], a group each]).
     """
     e = example(length)
     p = [below(e.parameters, f"blocks.{i}.") for i in range(e.config.n_blocks)]
-    pieces = [
+    caches = [
         block_caches(e.parameters, e.config, e.sequence, e.starts[piece], e.lengths[piece])
-        for piece in cut(e.lengths, 1, plan(np).micro_batch_tokens)[0]
+        for piece in pieces(e.lengths, np)
     ]
 
     def of_piece(piece):
         batch, caches = piece
-        return [
-            (
-                mixing_ratios(cache, own, batch.groups),
-                [contribution_norms(cache, own, group, place) for place, group in enumerate(batch.groups)],
-            )
-            for own, cache in zip(p, caches)
-        ]
+        found = []
+        for parameters, cache in zip(p, caches):
+            ratios, own = mixing_ratios(cache, parameters, batch.groups)
+            norms = [
+                contribution_norms(cache, parameters, own, group, place) for place, group in enumerate(batch.groups)
+            ]
+            found.append((ratios, norms))
+        return found
 
-    return lambda run: list(run(of_piece, pieces))
+    return lambda run: list(run(of_piece, caches))
 
 
 class TorchCache(NamedTuple):
@@ -154,11 +157,27 @@ def torch_caches(length):
     return found
 
 
-def decompose_naively(c, at_a_time):
-    """The decomposition of one block by its definition, with F [b, L, L, D] for b sequences at a time.
+def decompose_as_defined(c, _):
+    """The decomposition of one block by its definition, a line for each of its formulas.
 
     c: TorchCache. Returns {ratio: [B, L]} and contribution norms [B, L, L].
     """
+    import torch
+
+    attn = torch.einsum("bhij,bhjd->bijd", c.a, c.v @ c.w_o)  # F_ij
+    attn_res = attn + torch.eye(c.x.shape[1])[:, :, None] * c.x[:, None]  # F_ij + delta_ij x_i
+    centred = attn_res - attn_res.mean(dim=-1, keepdim=True)
+    attn_res_ln = centred / c.sigma[:, :, None] * c.gamma  # g_i(F_ij + delta_ij x_i)
+    ratios = {}
+    for name, parts in zip(RATIOS, (attn, attn_res, attn_res_ln)):
+        keep = parts.diagonal(dim1=1, dim2=2).mT
+        mix = torch.linalg.vector_norm(parts.sum(dim=2) - keep, dim=-1)
+        ratios[name] = mix / (mix + torch.linalg.vector_norm(keep, dim=-1))
+    return ratios, torch.linalg.vector_norm(attn_res_ln, dim=-1)
+
+
+def decompose_in_place(c, at_a_time):
+    """The same with one array F [b, L, L, D] for b sequences at a time, which all steps overwrite."""
     import torch
 
     length = c.x.shape[1]
@@ -200,12 +219,14 @@ def largest_difference(length):
     found = []
     with torch.no_grad():
         for i, cache in enumerate(torch_caches(length)):
-            ratios, norms = decompose_naively(cache, 1)
-            for name in RATIOS:
-                own = np.concatenate([blocks[i][0][name] for blocks in ours])
-                found.append((np.abs(own - ratios[name].numpy().reshape(-1)).max(), f"{name} of block {i}"))
-            own = np.concatenate([norm for blocks in ours for norm in blocks[i][1]])
-            found.append((np.abs(own - norms.numpy()).max(), f"contribution norms of block {i}"))
+            few = TorchCache(*(x[:1] if len(x) == SEQUENCES else x for x in cache))
+            for ratios, norms in (decompose_in_place(cache, 1), decompose_as_defined(few, None)):
+                n = len(norms)
+                for name in RATIOS:
+                    own = np.concatenate([blocks[i][0][name] for blocks in ours])[: n * length]
+                    found.append((np.abs(own - ratios[name].numpy().reshape(-1)).max(), f"{name} of block {i}"))
+                own = np.concatenate([norm for blocks in ours for norm in blocks[i][1]])[:n]
+                found.append((np.abs(own - norms.numpy()).max(), f"contribution norms of block {i}"))
     # NaN hides from max.
     return max((np.inf if np.isnan(difference) else float(difference), what) for difference, what in found)
 
@@ -226,17 +247,18 @@ def check(length):
 @contextmanager
 def run_minirec(length):
     decompose = decompose_minirec(length)
-    with worker_map(1, np) as alone, worker_map(usable_cores(), np) as together:
+    with worker_map(usable_cores(), np) as together:
 
         def step(number, choice):
-            results = decompose(alone if choice[0] == 1 else together)
+            for _ in range(CALLS[length]):
+                results = decompose(together)
             return np.mean([ratios["attn_res_ln"].mean() for blocks in results for ratios, _ in blocks])
 
         yield step
 
 
 @contextmanager
-def run_naive(length):
+def run_torch(decompose, length):
     import torch
 
     caches = torch_caches(length)
@@ -245,7 +267,8 @@ def run_naive(length):
         def step(number, choice):
             threads, at_a_time = choice
             torch.set_num_threads(threads)
-            results = [decompose_naively(cache, at_a_time) for cache in caches]
+            for _ in range(CALLS[length]):
+                results = [decompose(cache, at_a_time) for cache in caches]
             return np.mean([float(ratios["attn_res_ln"].mean()) for ratios, _ in results])
 
         yield step
@@ -254,41 +277,28 @@ def run_naive(length):
 def decomposition(repeats):
     """Return the lines of a table: minirec's decomposition and PyTorch's, at each length."""
     counts = thread_counts(usable_cores())
-    rows = [["", "L", "cores", "at a time", "ms", "min", "/ minirec", "peak MB", "largest difference"]]
+    heads = "|L|cores|at a time|ms|minirec ms|/ minirec|peak MB|minirec MB|largest difference"
+    rows = [heads.split("|")]
     for length in LENGTHS:
         difference = check(length)
-        contenders = [
-            Contender("minirec", run_minirec, thread_counts=[(n, None) for n in sorted({1, usable_cores()})]),
-            Contender("PyTorch", run_naive, thread_counts=[(n, SEQUENCES) for n in counts]),
-            Contender(
-                "PyTorch, in chunks",
-                run_naive,
-                KEEP_MEMORY,
-                thread_counts=[(n, size) for n in counts for size in (1, 4, 16)],
-            ),
-        ]
-        try:
-            race(contenders, length, TRIES * max(len(c.thread_counts) for c in contenders), repeats)
-        finally:
-            for contender in contenders:
-                contender.stop()
-        own = statistics.median(contenders[0].seconds)
-        for c in contenders:
-            cores, at_a_time = c.threads
-            median = statistics.median(c.seconds)
-            rows.append(
-                [
-                    c.name,
-                    str(length),
-                    str(cores),
-                    str(at_a_time or plan(np).micro_batch_tokens // length),
-                    f"{1e3 * median:.1f}",
-                    f"{1e3 * min(c.seconds):.1f}",
-                    f"{median / own:.2f}",
-                    f"{max(c.allocated):.0f}",
-                    "" if c is contenders[0] else f"{difference:.1e}",
-                ]
-            )
+        rivals = {
+            "as defined": (decompose_as_defined, {}, [(usable_cores(), SEQUENCES)]),
+            "in place": (decompose_in_place, {}, [(n, SEQUENCES) for n in counts]),
+            "in chunks": (decompose_in_place, KEEP_MEMORY, [(n, size) for n in counts for size in (1, 4, 16)]),
+        }
+        for name, (decompose, settings, choices) in rivals.items():
+            own = Contender("minirec", run_minirec, thread_counts=[(usable_cores(), None)])
+            rival = Contender(f"PyTorch, {name}", partial(run_torch, decompose), settings, thread_counts=choices)
+            try:
+                race([own, rival], length, TRIES * len(choices), repeats)
+            finally:
+                own.stop()
+                rival.stop()
+            ms, own_ms = (1e3 * statistics.median(c.seconds) / CALLS[length] for c in (rival, own))
+            mb, own_mb = (max(c.allocated) for c in (rival, own))
+            cores, at_a_time = rival.threads
+            row = [rival.name, length, cores, at_a_time, f"{ms:.1f}", f"{own_ms:.1f}", f"{ms / own_ms:.1f}"]
+            rows.append([*map(str, row), f"{mb:.0f}", f"{own_mb:.0f}", f"{difference:.1e}"])
     return aligned(rows)
 
 

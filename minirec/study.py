@@ -1,0 +1,426 @@
+"""The study: one grid of runs a dataset, and from it the answers to the paper's three questions.
+
+    RQ1  is learned attention weighting needed?       softmax against uniform, the same seeds
+    RQ2  how much do the trained models mix positions?   the mixing ratios of the softmax runs
+    RQ3  how do the two relate?                       a point (ratio, effect size) a dataset, and its regime
+
+Each run of the grid datasets x weightings x seeds is a run folder as from train, OUT/DATASET/ATTN-SEED,
+with two files more: analysis.json and ranks.npz, what the study needs to know of it. A run with a
+valid analysis is never repeated, one that was stopped goes on; so a study that is started again ends in
+the same study.json.
+
+Symbols: V items, M test users, n seeds.
+"""
+
+import csv
+import io
+import os
+import signal
+import time
+from collections import deque
+from dataclasses import replace
+from multiprocessing.connection import wait
+from typing import NamedTuple
+
+import numpy as np
+
+from minirec import runs
+from minirec.baselines import rank_baselines
+from minirec.decompose import RATIOS, decompose, summarise
+from minirec.errors import UserError
+from minirec.evaluate import MISS, metrics, rank_targets, user_values
+from minirec.statistics import JUDGED_BY, METRICS, compare, confident, judge, mean_g, regime
+from minirec.train import best, finished, train
+from minirec.workers import PROCESSES, worker_map
+
+COMPARED = {"weighting": ("softmax", "uniform"), "integration": ("uniform", "identity")}
+DENSE = 0.02  # share of all user-item pairs; such logs take a dropout of 0.2, sparser ones of 0.5, as in the paper
+LONG = 100  # mean history from which the last 200 items are kept, not the last 50, as in the paper
+BINS = 50  # of the ratios' distributions, over [0, 1]
+
+
+# What is run
+
+
+class Dataset(NamedTuple):
+    """A log and how it is trained on."""
+
+    name: str
+    log: object  # data.Log
+    settings: dict  # of its runs (see runs), but for the weighting and the seed
+
+
+class Job(NamedTuple):
+    """One run of the grid."""
+
+    dataset: Dataset
+    attn: str
+    seed: int
+    folder: object  # pathlib.Path
+
+    def settings(self):
+        """Return the run's settings, as config.json holds them."""
+        s = self.dataset.settings
+        return s | {
+            "model": s["model"] | {"attn": self.attn},
+            "training": s["training"] | {"seed": self.seed, "workers": 1},
+        }
+
+    def __str__(self):
+        return f"{self.dataset.name} {self.attn} seed {self.seed}"
+
+
+def sensible(log):
+    """Return max_length and dropout for a log: the paper's choices for sparse and for dense data."""
+    counts = np.diff(log.offsets)
+    max_length = min(200 if counts.mean() >= LONG else 50, int(counts.max()))
+    return max_length, 0.2 if len(log.sequence) / len(log.users) / len(log.items) >= DENSE else 0.5
+
+
+def grid(datasets, weightings, n_seeds, out):
+    """Return the Jobs of a study in folder `out`, dataset by dataset, seed by seed.
+
+    Raises UserError where a folder holds a run with other settings.
+    """
+    jobs = [
+        Job(dataset, attn, seed, out / dataset.name / f"{attn}-{seed}")
+        for dataset in datasets
+        for seed in range(n_seeds)
+        for attn in weightings
+    ]
+    for job in jobs:
+        if (job.folder / "state.npz").exists():
+            runs.check_same(job.folder, job.settings())
+    return jobs
+
+
+# One run
+
+
+def execute(job, on_epoch=None, stop=None):
+    """Train and analyse one run of the grid, going on where it was stopped; on_epoch, stop: see train.
+
+    Returns whether it came to its end.
+    """
+    log, settings = job.dataset.log, job.settings()
+    _, complete = train(log, settings, job.folder, resume=True, on_epoch=on_epoch, stop=stop)
+    if complete:
+        analyse(log, settings, job.folder)
+    return complete
+
+
+def analyse(log, settings, folder):
+    """Write ranks.npz and analysis.json of a finished run.
+
+    ranks.npz: the ranks [M] of the test targets, by the run as it is ("test"), with the order of each history
+    shuffled ("shuffled") and, for softmax, with uniform weights put in ("uniform", and "uniform.I" in block I).
+    """
+    config = runs.model_config(settings)
+    test = runs.split_log(log, settings).test
+    with worker_map(1, np) as run:
+        parameters = runs.load_parameters(folder, config)
+
+        def rank(config, sequence):
+            return np.concatenate(list(rank_targets(parameters, config, sequence, test, run=run)))
+
+        began = time.perf_counter()
+        ranks = {"test": rank(config, log.sequence)}
+        milliseconds = 1e3 * (time.perf_counter() - began) / len(test.users)
+        shuffled = shuffle_histories(log.sequence, test, config.max_length, settings["training"]["seed"])
+        ranks["shuffled"] = rank(config, shuffled)
+        analysis = {"milliseconds_per_user": milliseconds}
+        if config.attn == "softmax":
+            every = ("softmax",) * config.n_blocks
+            ranks["uniform"] = rank(replace(config, attn="uniform"), log.sequence)
+            for i in range(config.n_blocks):
+                ranks[f"uniform.{i}"] = rank(
+                    replace(config, attn=(*every[:i], "uniform", *every[i + 1 :])), log.sequence
+                )
+            histories = [log.sequence[a:b] for a, b in zip(test.starts, test.stops)]
+            analysis |= describe_mixing(decompose(parameters, config, histories, run))
+    runs.write_arrays(folder / "ranks.npz", ranks)
+    records = runs.read_json_lines(folder / "metrics.jsonl")
+    runs.write_json(folder / "analysis.json", analysis | {"epochs": len(records), "best_epoch": best(records)["epoch"]})
+
+
+def describe_mixing(result):
+    """Return what analysis.json keeps of a decomposition: summary, histograms and heatmaps, a list of blocks each."""
+    edges = np.linspace(0, 1, BINS + 1)
+    blocks = [
+        {name: np.histogram(block[name], edges)[0].tolist() for name in RATIOS}
+        | {  # null where no history reaches back so far
+            name: np.where(np.isnan(block[name]), None, block[name]).tolist() for name in ("attention", "contribution")
+        }
+        for block in result["blocks"]
+    ]
+    return {"mixing": summarise(result), "pictures": blocks}
+
+
+def shuffle_histories(sequence, cases, max_length, seed):
+    """Return a copy of `sequence` in which the last max_length items before each target lie in random order."""
+    lengths = np.minimum(cases.stops - cases.starts, max_length)
+    rows = np.repeat(np.arange(len(lengths)), lengths)
+    places = np.arange(len(rows)) + np.repeat(cases.stops - np.cumsum(lengths), lengths)
+    order = np.lexsort((np.random.default_rng(seed).random(len(rows)), rows))
+    shuffled = sequence.copy()
+    shuffled[places] = sequence[places[order]]
+    return shuffled
+
+
+def load_analysis(job):
+    """Return analysis.json and {name: ranks [M]} of a run, or None where it is not finished and analysed."""
+    if not all((job.folder / name).exists() for name in ("analysis.json", "ranks.npz", "metrics.jsonl")):
+        return None
+    records = runs.read_json_lines(job.folder / "metrics.jsonl")
+    analysis = runs.read_json(job.folder / "analysis.json")
+    if not finished(records, job.settings()["training"]) or analysis.get("epochs") != len(records):
+        return None
+    return analysis, runs.read_arrays(job.folder / "ranks.npz")
+
+
+# All runs
+
+
+def run_grid(jobs, n_processes):
+    """Execute jobs, n_processes at a time, each in a process with one worker; yield what happens.
+
+    Yields (job, "epoch", record), (job, "done", None) and (job, "failed", message); a job that fails does
+    not stop the others. When the generator is closed, the processes end, to go on another time.
+    """
+    waiting, running = deque(jobs), {}
+    try:
+        while waiting or running:
+            while waiting and len(running) < n_processes:
+                job = waiting.popleft()
+                ours, theirs = PROCESSES.Pipe(duplex=False)
+                process = PROCESSES.Process(target=_run_job, args=(theirs, job, os.getpid()))
+                process.start()
+                theirs.close()
+                running[ours] = job, process
+            for connection in wait(list(running)):
+                job, process = running[connection]
+                try:
+                    event, value = connection.recv()
+                except EOFError:
+                    event, value = "failed", "its process died (out of memory?)"
+                if event != "epoch":
+                    process.join()
+                    connection.close()
+                    del running[connection]
+                yield job, event, value
+    finally:
+        for connection, (_, process) in running.items():
+            process.terminate()
+            process.join()
+            connection.close()
+
+
+def _run_job(connection, job, parent):
+    """The process of one job: send what happens to the parent; end when that is gone."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent to handle
+    np.seterr(all="ignore")  # a loss that is not finite is found, and named, at the end of an epoch
+    try:
+        complete = execute(
+            job,
+            on_epoch=lambda record: connection.send(("epoch", record)),
+            stop=lambda: os.getppid() != parent,
+        )
+        connection.send(("done", None) if complete else ("failed", "stopped"))
+    except (UserError, OSError) as error:
+        connection.send(("failed", str(error)))
+    except MemoryError:
+        connection.send(("failed", "out of memory"))
+
+
+# What it shows
+
+
+def collect(jobs):
+    """Return {name of the dataset: its results} and the rows of study.csv, from the runs that are finished.
+
+    A seed counts where all weightings of the study have finished it; a dataset without one is left out.
+    """
+    results, rows = {}, []
+    for dataset in dict.fromkeys(job.dataset.name for job in jobs):
+        own = [job for job in jobs if job.dataset.name == dataset]
+        weightings = list(dict.fromkeys(job.attn for job in own))
+        found = {(job.attn, job.seed): load_analysis(job) for job in own}
+        seeds = [
+            seed for seed in dict.fromkeys(job.seed for job in own) if all(found[attn, seed] for attn in weightings)
+        ]
+        if seeds:
+            arms = {attn: [found[attn, seed] for seed in seeds] for attn in weightings}
+            baselines = rank_log_baselines(own[0])
+            results[dataset] = describe_dataset(own[0], arms, seeds, baselines)
+            rows += table_rows(dataset, arms, seeds, baselines)
+    return results, rows
+
+
+def rank_log_baselines(job):
+    """Return the ranks [M] of the baselines on a job's log, computed anew."""
+    split = runs.split_log(job.dataset.log, job.dataset.settings)
+    return rank_baselines(job.dataset.log, split, split.test)
+
+
+def describe_dataset(job, arms, seeds, baselines):
+    """Return the results of one dataset, as study.json holds them.
+
+    job: one of its jobs; arms: {attn: [(analysis, ranks), a seed each]}; baselines: {name: ranks [M]}.
+    """
+    log, model = job.dataset.log, job.dataset.settings["model"]
+    by_user = {attn: [user_values(ranks["test"]) for _, ranks in found] for attn, found in arms.items()}
+    values = {
+        attn: {name: np.array([seed[name].mean() for seed in found]) for name in METRICS}
+        for attn, found in by_user.items()
+    }
+    result = {
+        "users": len(log.users),
+        "items": len(log.items),
+        "interactions": len(log.sequence),
+        "test_users": len(arms["softmax"][0][1]["test"]),
+        "unreachable": int((arms["softmax"][0][1]["test"] >= MISS).sum()),
+        "split": job.dataset.settings["data"]["split"],
+        "max_length": model["max_length"],
+        "dropout": model["dropout"],
+        "seeds": seeds,
+        "epochs": {attn: [analysis["epochs"] for analysis, _ in found] for attn, found in arms.items()},
+        "metrics": {
+            attn: {name: {"mean": float(v.mean()), "std": spread(v)} for name, v in named.items()}
+            for attn, named in values.items()
+        },
+    }
+    for effect, (a, b) in COMPARED.items():
+        if b in arms:
+            result[effect] = {
+                name: compare(
+                    values[a][name],
+                    values[b][name],
+                    np.mean([x[name] * 1.0 - y[name] for x, y in zip(by_user[a], by_user[b])], axis=0),
+                )
+                for name in METRICS
+            }
+    softmax = arms["softmax"]
+    result["substitution"] = {
+        title: mean_metrics([ranks[key] for _, ranks in softmax])
+        for title, key in [("all", "uniform")] + [(f"block {i}", f"uniform.{i}") for i in range(model["n_blocks"])]
+    }
+    result["shuffled"] = {attn: mean_metrics([ranks["shuffled"] for _, ranks in found]) for attn, found in arms.items()}
+    result["baselines"] = {name: mean_metrics([ranks]) for name, ranks in baselines.items()}
+    result["mixing"] = average([analysis["mixing"] for analysis, _ in softmax])
+    result["pictures"] = average([analysis["pictures"] for analysis, _ in softmax])
+    return result | conclude(result, [analysis["mixing"]["all"]["attn_res_ln"]["mean"] for analysis, _ in softmax])
+
+
+def spread(values):
+    """Return the standard deviation over seeds; None for one seed."""
+    return float(values.std(ddof=1)) if len(values) > 1 else None
+
+
+def mean_metrics(ranks):
+    """Return the means of METRICS over seeds; ranks: a list of [M]."""
+    found = [metrics(r) for r in ranks]
+    return {name: float(np.mean([f[name] for f in found])) for name in METRICS}
+
+
+def average(values):
+    """Return the mean over seeds of numbers in equal nests of lists and dicts; None where any is None."""
+    first = values[0]
+    if isinstance(first, dict):
+        return {name: average([v[name] for v in values]) for name in first}
+    if isinstance(first, list):
+        return [average(list(parts)) for parts in zip(*values)]
+    return None if None in values else float(np.mean(values))
+
+
+def conclude(result, ratios):
+    """Return ratio, effect sizes, regime and, from COMPARED, what can be said; ratios: one a seed."""
+    effect = {name: c["hedges_g"] for name, c in result["weighting"].items()}
+    g, judged = mean_g(effect.values()), result["weighting"][JUDGED_BY]
+    # With one seed there is no effect size; the point estimate then has the sign of the difference.
+    name = regime(float(np.mean(ratios)), judged["difference"] if g is None else g)
+    judgements = {
+        what: judge(result[what][JUDGED_BY], result["metrics"][a][JUDGED_BY]["mean"])
+        for what, (a, _) in COMPARED.items()
+        if what in result
+    }
+    return {
+        "mixing_ratio": float(np.mean(ratios)),
+        "mixing_ratio_std": spread(np.array(ratios)),
+        "hedges_g": effect,
+        "mean_g": g,
+        "judgements": judgements,
+        "regime": name,
+        "confident": confident(name, judgements["weighting"], ratios, effect.values()),
+    }
+
+
+def verdict(name, result):
+    """Return one sentence, in plain words and no stronger than the seeds allow, on a dataset's results."""
+    test, n = result["weighting"][JUDGED_BY], len(result["seeds"])
+    relative = f"{abs(test['relative'] or 0):.0%}"
+    what = {
+        "equal": "a causal average does as well as learned attention",
+        "better": f"learned attention beats a causal average, by {relative} of {JUDGED_BY}",
+        "worse": f"a causal average beats learned attention, by {relative} of {JUDGED_BY}",
+        "unclear": f"{n} seeds cannot tell learned attention from a causal average",
+    }[result["judgements"]["weighting"]]
+    if n < 2:
+        what = "one seed cannot say whether learned attention is needed"
+    numbers = "" if result["mean_g"] is None else f"g = {result['mean_g']:+.1f}, "
+    numbers += "" if test["p"] is None else f"p = {test['p']:.2g}, "
+    past = {
+        "better": "; the past adds to the last item",
+        "equal": "; the last item alone does as well as an average of the past",
+        "worse": "; an average of the past harms",
+    }.get(result["judgements"].get("integration"), "")
+    kept = f"blocks keep {1 - result['mixing_ratio']:.0%} of each position"
+    certainty = "" if result["confident"] else ", not confident"
+    return (
+        f"{name}: {what} ({numbers}{n} seed{'s' * (n > 1)}){past}; {kept}: "
+        f"regime {result['regime'].replace('_', ' ')}{certainty}."
+    )
+
+
+def table_rows(dataset, arms, seeds, baselines):
+    """Return the rows of study.csv for one dataset: dataset, what was ranked, seed, then all metrics."""
+    rows = []
+    for attn, found in arms.items():
+        for seed, (_, ranks) in zip(seeds, found):
+            for key, r in ranks.items():
+                put_in = key.replace("uniform.", "uniform in block ")
+                rows.append([dataset, attn if key == "test" else f"{attn}, {put_in}", seed, metrics(r)])
+    return rows + [[dataset, name, None, metrics(r)] for name, r in baselines.items()]
+
+
+def times(jobs):
+    """Return {dataset: {attn: {"train_seconds", "milliseconds" to rank all items for a user: one a run}}}."""
+    found = {}
+    for job in jobs:
+        if loaded := load_analysis(job):
+            own = found.setdefault(job.dataset.name, {}).setdefault(job.attn, {"train_seconds": [], "milliseconds": []})
+            records = runs.read_json_lines(job.folder / "metrics.jsonl")
+            own["train_seconds"].append(sum(record["train_seconds"] for record in records))
+            own["milliseconds"].append(loaded[0]["milliseconds_per_user"])
+    return found
+
+
+def write_results(out, results, rows):
+    """Write study.json and study.csv. Times are no part of them: the same study gives the same files."""
+    runs.write_json(out / "study.json", {"datasets": results})
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    names = list(rows[0][3]) if rows else []
+    writer.writerow(["dataset", "arm", "seed", *names])
+    for dataset, arm, seed, values in rows:
+        writer.writerow([dataset, arm, "" if seed is None else seed, *(f"{values[name]:.6f}" for name in names)])
+    runs.write(out / "study.csv", lambda file: file.write(text.getvalue().encode()))
+
+
+def learning_curves(jobs):
+    """Return {dataset: {attn: [validation JUDGED_BY of each epoch, a list a seed]}} of finished runs."""
+    curves = {}
+    for job in jobs:
+        if load_analysis(job):
+            records = runs.read_json_lines(job.folder / "metrics.jsonl")
+            curves.setdefault(job.dataset.name, {}).setdefault(job.attn, []).append([r[JUDGED_BY] for r in records])
+    return curves

@@ -1,0 +1,233 @@
+"""The study: its grid, what it measures of a run, what it concludes, and the regimes of the planted datasets."""
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+from conftest import ROOT, last_json, run_cli
+
+from minirec import baselines, data, evaluate, planted, runs, statistics, study
+from minirec.errors import UserError
+
+pytest.importorskip("scipy", reason="the study needs scipy")
+
+QUICK = ("--epochs", 2, "--seeds", 2, "--max-length", 8)
+
+
+@pytest.fixture(scope="module")
+def log_path(tmp_path_factory):
+    """A log of 80 users of 30 items."""
+    rng = np.random.default_rng(0)
+    path = tmp_path_factory.mktemp("logs") / "small.txt"
+    path.write_text("".join(f"u{u} " + " ".join(f"i{i}" for i in rng.integers(30, size=9)) + "\n" for u in range(80)))
+    return path
+
+
+@pytest.fixture(scope="module")
+def finished(log_path, tmp_path_factory):
+    """The folder of a small study that has run, and its JSON."""
+    folder = tmp_path_factory.mktemp("study")
+    return folder / "out", last_json(run_cli("study", "--data", log_path, *QUICK, "--out", "out", "--json", cwd=folder))
+
+
+def test_a_study_leaves_what_the_contract_says(finished):
+    folder, printed = finished
+    assert json.loads((folder / "study.json").read_text()) == printed
+    (result,) = printed["datasets"].values()
+    assert list(printed["datasets"]) == ["small"] and result["seeds"] == [0, 1]
+    assert result["regime"] in ("preserving", "mixing_without_reliance", "mixing_with_reliance")
+    assert result["confident"] is False  # two seeds are too few
+    assert 0 < result["mixing_ratio"] < 1
+    assert set(result["hedges_g"]) == set(statistics.METRICS)
+    assert set(result["metrics"]) == {"softmax", "uniform", "identity"}
+    assert set(result["substitution"]) == {"all", "block 0", "block 1"}
+    with open(folder / "study.csv") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 3 * 2 * 2 + 2 * 3 + 2  # each run as it is and shuffled, softmax substituted, two baselines
+    for name in ("rq3", "small-heatmaps", "small-ratios", "small-curves"):
+        assert (folder / f"{name}.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_the_numbers_are_those_of_evaluate_and_decompose_on_the_runs(finished):
+    folder, printed = finished
+    result = printed["datasets"]["small"]
+    for metric in ("HR@10", "NDCG@100"):
+        values = {
+            (attn, put_in): [
+                last_json(run_cli("evaluate", folder / f"small/{attn}-{seed}", *put_in, "--json", cwd=folder))[metric]
+                for seed in (0, 1)
+            ]
+            for attn, put_in in (("softmax", ()), ("uniform", ()), ("softmax", ("--attn", "uniform")))
+        }
+        softmax, uniform, substituted = values.values()
+        assert result["metrics"]["softmax"][metric]["mean"] == pytest.approx(np.mean(softmax))
+        assert result["weighting"][metric]["difference"] == pytest.approx(np.mean(softmax) - np.mean(uniform))
+        assert result["hedges_g"][metric] == pytest.approx(statistics.hedges_g(softmax, uniform))
+        assert result["substitution"]["all"][metric] == pytest.approx(np.mean(substituted))
+    ratios = [
+        last_json(run_cli("decompose", folder / f"small/softmax-{seed}", "--json", cwd=folder)) for seed in (0, 1)
+    ]
+    assert result["mixing_ratio"] == pytest.approx(np.mean([r["all"]["attn_res_ln"]["mean"] for r in ratios]))
+    assert result["mixing"]["all"]["entropy"]["mean"] == pytest.approx(
+        np.mean([r["all"]["entropy"]["mean"] for r in ratios])
+    )
+
+
+def test_a_study_that_was_killed_goes_on_to_the_same_results(finished, log_path, tmp_path):
+    folder, printed = finished
+    command = [sys.executable, str(ROOT / "cli.py"), "study", "--data", str(log_path), *map(str, QUICK), "--out", "out"]
+    process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE)
+    while b"epochs" not in process.stderr.readline():  # until the first run is done
+        assert process.poll() is None
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    process.stderr.close()
+    time.sleep(1)  # its runs find the parent gone
+    again = run_cli("study", "--data", log_path, *QUICK, "--out", "out", "--json", cwd=tmp_path)
+    assert "of 6 runs are finished already" in again.stderr
+    assert last_json(again) == printed
+    assert (tmp_path / "out/study.json").read_bytes() == (folder / "study.json").read_bytes()
+    assert (tmp_path / "out/study.csv").read_bytes() == (folder / "study.csv").read_bytes()
+
+
+def test_a_finished_run_is_not_repeated_and_other_settings_are_refused(finished, log_path):
+    folder, printed = finished
+    before = {path: path.stat().st_mtime_ns for path in folder.glob("small/*/*")}
+    again = run_cli("study", "--data", log_path, *QUICK, "--out", folder, "--json", cwd=folder.parent)
+    assert last_json(again) == printed and "6 of 6 runs are finished already" in again.stderr
+    assert before == {path: path.stat().st_mtime_ns for path in folder.glob("small/*/*")}
+    other = run_cli("study", "--data", log_path, *QUICK, "--dropout", 0.3, "--out", folder, cwd=folder.parent)
+    assert other.returncode == 1 and "was trained with dropout 0.2, not 0.3" in other.stderr
+
+
+def test_a_run_that_fails_is_named_and_does_not_stop_the_others(log_path, tmp_path):
+    (tmp_path / "out/small/uniform-1").mkdir(parents=True)
+    (tmp_path / "out/small/uniform-1/config.json").mkdir()  # cannot be written
+    process = run_cli("study", "--data", log_path, *QUICK, "--out", "out", cwd=tmp_path)
+    assert process.returncode == 1 and "failed: small uniform seed 1:" in process.stderr
+    assert "1 of 6 runs failed" in process.stderr.splitlines()[-1]
+    result = json.loads((tmp_path / "out/study.json").read_text())["datasets"]["small"]
+    assert result["seeds"] == [0]
+    assert set(result["hedges_g"].values()) == {None} and "one seed cannot say" in process.stdout
+
+
+def test_wrong_input_is_refused_in_one_line(log_path, tmp_path):
+    for arguments, status, words in (
+        (("--attn", "uniform"), 2, "--attn must name both"),
+        (("--data", log_path, "--data", log_path), 2, "two logs are called small"),
+        (("--split", "temporal"), 1, "chain: the log has no timestamps"),
+        (("--data", log_path, "--k-core", 99), 1, "--k-core 99 leaves no interaction"),
+        (("--data", "missing.csv"), 1, "missing.csv: cannot be read"),
+        (("--seeds", 0), 2, "--seeds"),
+    ):
+        process = run_cli("study", *arguments, cwd=tmp_path)
+        assert process.returncode == status and words in process.stderr, process.stderr
+        assert "Traceback" not in process.stderr and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("library", ["scipy", "matplotlib"])
+def test_a_missing_library_is_named(library, log_path, tmp_path):
+    (tmp_path / "without" / library).mkdir(parents=True)
+    (tmp_path / "without" / library / "__init__.py").write_text(f"raise ImportError('no {library}')")
+    process = run_cli(
+        "study",
+        "--data",
+        log_path,
+        "--epochs",
+        1,
+        "--seeds",
+        1,
+        cwd=tmp_path,
+        environment={"PYTHONPATH": str(tmp_path / "without")},
+    )
+    assert "pip install 'minirec[study]'" in process.stderr and "Traceback" not in process.stderr
+    assert process.returncode == (1 if library == "scipy" else 0)
+
+
+def test_defaults_follow_the_data():
+    def log(counts, n_items):
+        offsets = np.concatenate([[0], np.cumsum(counts)])
+        return data.Log([""] * len(counts), [""] * n_items, offsets, np.zeros(offsets[-1], np.int32))
+
+    assert study.sensible(log([9] * 20, 1000)) == (9, 0.5)
+    assert study.sensible(log([90] * 20, 1000)) == (50, 0.2)
+    assert study.sensible(log([150, 300], 10_000)) == (200, 0.2)
+
+
+def test_shuffling_moves_only_what_the_model_sees_before_the_target():
+    sequence = np.arange(20)
+    cases = data.Cases(np.array([0, 1]), np.array([0, 10]), np.array([7, 19]))
+    shuffled = study.shuffle_histories(sequence, cases, 5, seed=0)
+    assert sorted(shuffled[2:7]) == list(range(2, 7)) and sorted(shuffled[14:19]) == list(range(14, 19))
+    unmoved = [*range(2), *range(7, 14), 19]
+    assert list(shuffled[unmoved]) == unmoved and (shuffled != sequence).any()
+
+
+def test_baselines_equal_counting_by_hand(rng):
+    sequences = [rng.integers(12, size=rng.integers(3, 9)).tolist() for _ in range(40)]
+    names = [str(i) for i in range(12)]
+    offsets = np.cumsum([0] + [len(s) for s in sequences])
+    log = data.Log([str(u) for u in range(40)], names, offsets, np.concatenate(sequences).astype(np.int32))
+    split = data.leave_one_out(log)
+    found = baselines.rank_baselines(log, split, split.test)
+    trained = [s[:-2] for s in sequences]
+    popularity = [sum(s.count(i) for s in trained) for i in range(12)]
+    for case, sequence in enumerate(sequences):
+        *history, target = sequence
+        follows = [sum(pair == (history[-1], i) for s in trained for pair in zip(s, s[1:])) for i in range(12)]
+        for name, score in (("popularity", popularity), ("transitions", list(zip(follows, popularity)))):
+            ahead = sum(score[i] >= score[target] for i in range(12) if i not in history and i != target)
+            assert found[name][case] == (evaluate.MISS if target in history else ahead)
+
+
+def test_a_verdict_is_no_stronger_than_its_seeds():
+    test = {"hedges_g": 0.1, "relative": -0.01, "p": 0.6}
+    result = {"weighting": {"NDCG@10": test}, "seeds": [0, 1, 2, 3, 4], "mean_g": 0.1, "mixing_ratio": 0.12}
+    result |= {"regime": "preserving", "confident": True, "judgements": {"weighting": "equal"}}
+    assert study.verdict("beauty", result) == (
+        "beauty: a causal average does as well as learned attention (g = +0.1, p = 0.6, 5 seeds); "
+        "blocks keep 88% of each position: regime preserving."
+    )
+    doubt = result | {"confident": False, "judgements": {"weighting": "unclear"}}
+    assert "5 seeds cannot tell" in study.verdict("beauty", doubt)
+    assert study.verdict("beauty", doubt).endswith("regime preserving, not confident.")
+    alone = doubt | {"seeds": [0], "mean_g": None, "weighting": {"NDCG@10": test | {"p": None}}}
+    assert "one seed cannot say" in study.verdict("beauty", alone) and "(1 seed)" in study.verdict("beauty", alone)
+
+
+def test_a_run_of_another_length_is_analysed_anew(finished, log_path):
+    folder, _ = finished
+    analysis = runs.read_json(folder / "small/softmax-0/analysis.json")
+    settings = runs.load_settings(folder / "small/softmax-0")
+    log = runs.load_log(settings["data"])
+    dataset = study.Dataset("small", log, settings)
+    job = study.Job(dataset, "softmax", 0, folder / "small/softmax-0")
+    assert study.load_analysis(job)[0] == analysis
+    longer = dataset._replace(settings=settings | {"training": settings["training"] | {"epochs": 3}})
+    assert study.load_analysis(job._replace(dataset=longer)) is None
+
+
+def test_an_unreadable_analysis_is_named(finished, log_path, tmp_path):
+    with pytest.raises(UserError, match="analysis.json: not valid JSON"):
+        (tmp_path / "analysis.json").write_text("{")
+        runs.read_json(tmp_path / "analysis.json")
+
+
+def test_the_planted_datasets_lie_in_their_regimes(tmp_path):
+    """The study as the command line runs it, on a grid of fewer seeds and epochs."""
+    process = run_cli(
+        "study", "--seeds", 1, "--epochs", 30, "--attn", "softmax", "--attn", "uniform", "--json", cwd=tmp_path
+    )
+    found = {name: result["regime"] for name, result in last_json(process)["datasets"].items()}
+    assert list(found) == list(planted.DATASETS)
+    assert found == {
+        "chain": "preserving",
+        "taste": "mixing_without_reliance",
+        "household": "mixing_with_reliance",
+    }
