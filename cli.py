@@ -35,13 +35,14 @@ from minirec.evaluate import CUTOFFS, MISS, metrics, rank_targets
 from minirec.evaluate import recommend as recommend_items
 from minirec.loss import LOSSES
 from minirec.model import Config
-from minirec.statistics import FEWEST_SEEDS, JUDGED_BY
+from minirec.statistics import FEWEST_SEEDS, JUDGED_BY, mean_g
 from minirec.train import SELECTED_BY, best
 from minirec.train import train as train_model
 from minirec.workers import usable_cores, worker_map
 
 DEFAULT_DATA = "household"
 TRAINING_OPTIONS = ("loss", "negatives", "epochs", "batch_size", "lr", "patience", "seed", "backend")
+EPOCHS, EPOCHS_EMBEDDED = 200, 100  # of a study: the embedded datasets must show their regimes in minutes
 SIZE = click.IntRange(1, 1 << 24)
 INTERRUPTED = 130  # the shell's exit status after Ctrl-C
 
@@ -391,7 +392,7 @@ def metrics_table(values, title):
 @log_options
 @click.option("--attn", type=click.Choice(WEIGHTINGS), multiple=True, help="Weightings [default: all three].")
 @click.option("--seeds", type=click.IntRange(1, 1000), default=3, show_default=True, help="Runs of each weighting.")
-@click.option("--epochs", type=click.IntRange(min=1), default=200, show_default=True, help="At most so many.")
+@click.option("--epochs", type=click.IntRange(min=1), help="At most so many [default: 200; embedded datasets 100].")
 @click.option("--patience", type=click.IntRange(min=1), default=10, show_default=True, help="Epochs without a gain.")
 @click.option("--max-length", type=SIZE, help="Latest items kept [default: 200 for long histories, else 50].")
 @click.option("--dropout", type=Number(0, 1, max_open=True), help="[default: 0.2 for dense logs, else 0.5].")
@@ -444,7 +445,7 @@ def study(data, attn, seeds, epochs, patience, max_length, dropout, workers, out
         for name, result in results.items():
             click.echo(study_table(name, result, times[name]))
         click.echo("\n".join(["", *(studying.verdict(name, result) for name, result in results.items())]))
-    say(f"wrote {', '.join(map(str, written))}")
+    say(f"wrote {out}: {', '.join(path.name for path in written)}")
     if seeds < FEWEST_SEEDS:
         say(f"fewer than {FEWEST_SEEDS} seeds bear no regime out: try --seeds {FEWEST_SEEDS} or more")
     if failures:
@@ -458,6 +459,7 @@ def _study_dataset(path, log_settings, epochs, patience, max_length, dropout):
         log = runs.load_log(source, update)
     length, rate = studying.sensible(log)
     length, rate = max_length or length, rate if dropout is None else dropout
+    epochs = epochs or (EPOCHS_EMBEDDED if runs.is_planted(path) else EPOCHS)
     settings = {
         "data": source,
         "model": asdict(Config(len(log.items), max_length=length, dropout=rate)),
@@ -468,7 +470,7 @@ def _study_dataset(path, log_settings, epochs, patience, max_length, dropout):
     split = runs.split_log(log, settings)
     say(
         f"{log_name(path)}: {len(log.users):,} users, {len(log.items):,} items, {len(log.sequence):,} interactions; "
-        f"{len(split.test.users):,} test users; the last {length} items, dropout {rate}"
+        f"{len(split.test.users):,} test users; the last {length} items, dropout {rate}, {epochs} epochs at most"
     )
     if not len(split.test.users) or not len(split.valid.users):
         raise UserError(f"{path}: no user to test on; the log is too small for a {source['split']} split")
@@ -513,46 +515,49 @@ def _run_grid(jobs, n_processes):
 
 def study_table(name, result, times):
     """Return a dataset's arms, baselines and effects as lines of text."""
-    columns = ("HR@1", "HR@10", "NDCG@10", "NDCG@100")
-    lines = ["", f"{name:<34}" + "".join(f"{c:>15}" for c in columns) + f"{'ms/user':>9}"]
+    columns = ("HR@1", "HR@10", "HR@100", "NDCG@10", "NDCG@100")
+
+    def line(title, cells, last=""):
+        return f"  {title:<29}" + "".join(f"{cell:>15}" for cell in cells) + (last and f"{last:>9}")
+
+    n = len(result["seeds"])
+    lines = ["", line(f"{name} (mean ± std of {n} seed{'s' * (n > 1)})", columns, "ms/user")]
     for attn, values in result["metrics"].items():
-        cells = (
-            f"{values[c]['mean']:.4f}" + (f" ±{values[c]['std']:.4f}" if values[c]["std"] is not None else "")
-            for c in columns
-        )
-        lines.append(
-            f"  {attn:<32}" + "".join(f"{c:>15}" for c in cells) + f"{np.median(times[attn]['milliseconds']):9.2f}"
-        )
+        cells = [
+            f"{v['mean']:.4f}" + (f" ±{v['std']:.4f}" if v["std"] is not None else "") for v in map(values.get, columns)
+        ]
+        lines.append(line(attn, cells, f"{np.median(times[attn]['milliseconds']):.2f}"))
     others = {"softmax, uniform put in": result["substitution"]["all"]}
-    others |= {f"softmax, uniform in {k}": v for k, v in result["substitution"].items() if k != "all"}
-    others |= {f"{attn}, history shuffled": values for attn, values in result["shuffled"].items()}
-    for title, values in (others | result["baselines"]).items():
-        lines.append(f"  {title:<32}" + "".join(f"{values[c]:>15.4f}" for c in columns))
+    others |= {f"  only in {block}": v for block, v in result["substitution"].items() if block != "all"}
+    others |= {f"{attn}, history shuffled": v for attn, v in result["shuffled"].items()}
+    others |= {f"{baseline} (counts)": v for baseline, v in result["baselines"].items()}
+    lines += [line(title, [f"{values[c]:.4f}" for c in columns]) for title, values in others.items()]
     for what, (a, b) in studying.COMPARED.items():
         if what in result:
-            lines.append(f"  {what + ':':<12} {a} - {b}, {JUDGED_BY} {effect(result[what][JUDGED_BY])}")
+            lines += effect_lines(f"{what}, {a} - {b}", result[what])
     mixing = result["mixing"]
-    ratios = ", ".join(f"block {i} {block['attn_res_ln']['mean']:.3f}" for i, block in enumerate(mixing["blocks"]))
+    blocks = ", ".join(f"block {i} {block['attn_res_ln']['mean']:.3f}" for i, block in enumerate(mixing["blocks"]))
     lines.append(
-        f"  mixing ratio {result['mixing_ratio']:.3f} ({ratios}; at the latest position "
-        f"{mixing['latest']['attn_res_ln']['mean']:.3f}), entropy of A {mixing['all']['entropy']['mean']:.3f}"
+        f"  mixing ratio {result['mixing_ratio']:.3f} ({blocks}; latest position "
+        f"{mixing['latest']['attn_res_ln']['mean']:.3f}); entropy of A {mixing['all']['entropy']['mean']:.3f}"
     )
+    if result["unreachable"]:
+        lines.append(
+            f"  {result['unreachable']:,} of {result['test_users']:,} targets are items the user had before: misses"
+        )
     return "\n".join(lines)
 
 
-def effect(comparison):
-    """Return a comparison of two arms as text."""
-    c = comparison
+def effect_lines(title, comparisons):
+    """Return what one effect of a study comes to, as lines of text."""
+    c, g = comparisons[JUDGED_BY], mean_g([c["hedges_g"] for c in comparisons.values()])
     relative = "" if c["relative"] is None else f" ({c['relative']:+.1%})"
-    intervals = [
-        f"95 % over {over} {low:+.4f} to {high:+.4f}"
-        for over, interval in (("seeds", c["interval_seeds"]), ("users", c["interval_users"]))
-        if interval
-        for low, high in [interval]
-    ]
-    g = "" if c["hedges_g"] is None else f"; g = {c['hedges_g']:+.2f}"
-    p = "" if c["p"] is None else f", p = {c['p']:.2g}"
-    return f"{c['difference']:+.4f}{relative}, {', '.join(intervals)}{g}{p}"
+    lines = [f"  {title}: {JUDGED_BY} {c['difference']:+.4f}{relative}"]
+    lines[0] += "" if g is None else f"; Hedges' g {g:+.2f}, the mean of {len(comparisons)} metrics"
+    lines[0] += "" if c["p"] is None else f"; paired t-test p = {c['p']:.2g}"
+    intervals = {over: c[f"interval_{over}"] for over in ("seeds", "users") if c[f"interval_{over}"]}
+    texts = [f"{low:+.4f} to {high:+.4f} over {over}" for over, (low, high) in intervals.items()]
+    return [*lines, f"    95 % intervals: {', '.join(texts)}"]
 
 
 @main.command()

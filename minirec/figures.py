@@ -126,7 +126,7 @@ def rq3_plane(results, path):
         ylabel="mean Hedges' g, softmax over uniform",
     )
     axis.yaxis.set_major_formatter("{x:g}")
-    axis.legend(fontsize=8, loc="lower left")
+    figure.legend(fontsize=8, loc="outside lower center", ncols=2, frameon=False)
     save(figure, path)
 
 

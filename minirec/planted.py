@@ -17,7 +17,8 @@ from minirec.data import Log
 
 N_USERS, N_ITEMS, N_SUCCESSORS = 1500, 200, 3
 SHORTEST, LONGEST = 8, 24
-N_GENRES, CONCENTRATION = 20, 0.1  # of taste: a user likes about two of twenty genres
+N_GENRES, CONCENTRATION = 8, 0.5  # of taste: four in ten of a user's items are of the favourite genre
+LONGER = 8  # taste's histories have so many items more: the average must have something to average
 
 
 def chain(seed=0):
@@ -47,7 +48,7 @@ def taste(seed=0):
     rng = np.random.default_rng(seed)
     genre = np.arange(N_ITEMS) % N_GENRES
     sequences = []
-    for length in rng.integers(SHORTEST, LONGEST + 1, N_USERS):
+    for length in LONGER + rng.integers(SHORTEST, LONGEST + 1, N_USERS):
         liking = rng.dirichlet(np.full(N_GENRES, CONCENTRATION))
         sequences.append(rng.choice(N_ITEMS, length, p=liking[genre] * N_GENRES / N_ITEMS))
     return _log(sequences)

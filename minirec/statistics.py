@@ -99,7 +99,8 @@ def mean_g(values):
 
 def judge(comparison, mean):
     """Say what a comparison shows, by both of its intervals and never by a point: one of
-    "better", "worse" (the first arm), "equal" (within MARGIN of `mean`, the first arm's), "unclear".
+    "better", "worse" (the first arm), "equal" (within MARGIN of `mean`, the first arm's), "no better" (perhaps
+    worse, and better by the margin at most), "unclear".
 
     A difference below the margin whose sign is sure is "equal": it is of no importance.
     """
@@ -107,9 +108,9 @@ def judge(comparison, mean):
     if None in intervals:
         return "unclear"
     low, high = min(i[0] for i in intervals), max(i[1] for i in intervals)
-    if -MARGIN * mean <= low and high <= MARGIN * mean:
-        return "equal"
-    return "better" if low > 0 else "worse" if high < 0 else "unclear"
+    if high <= MARGIN * mean:
+        return "equal" if low >= -MARGIN * mean else "worse" if high < 0 else "no better"
+    return "better" if low > 0 else "unclear"
 
 
 def regime(ratio, g):
@@ -132,8 +133,8 @@ def confident(name, judgement, ratios, g_values):
     if low <= MIXES_ABOVE < high:
         return False
     allowed = {
-        "preserving": ("equal",),
-        "mixing_without_reliance": ("equal", "worse"),
+        "preserving": ("equal", "no better"),
+        "mixing_without_reliance": ("equal", "no better", "worse"),
         "mixing_with_reliance": ("better",),
     }
     return judgement in allowed[name] and any(g is not None for g in g_values)

@@ -357,20 +357,22 @@ def conclude(result, ratios):
 def verdict(name, result):
     """Return one sentence, in plain words and no stronger than the seeds allow, on a dataset's results."""
     test, n = result["weighting"][JUDGED_BY], len(result["seeds"])
-    relative = f"{abs(test['relative'] or 0):.0%}"
     what = {
         "equal": "a causal average does as well as learned attention",
-        "better": f"learned attention beats a causal average, by {relative} of {JUDGED_BY}",
-        "worse": f"a causal average beats learned attention, by {relative} of {JUDGED_BY}",
-        "unclear": f"{n} seeds cannot tell learned attention from a causal average",
+        "better": "learned attention beats a causal average",
+        "worse": "a causal average beats learned attention",
+        "no better": "learned attention does no better than a causal average",
+        "unclear": "these seeds cannot tell learned attention from a causal average",
     }[result["judgements"]["weighting"]]
     if n < 2:
         what = "one seed cannot say whether learned attention is needed"
-    numbers = "" if result["mean_g"] is None else f"g = {result['mean_g']:+.1f}, "
+    numbers = "" if test["relative"] is None else f"{test['relative']:+.0%} of {JUDGED_BY}, "
+    numbers += "" if result["mean_g"] is None else f"g = {result['mean_g']:+.1f}, "
     numbers += "" if test["p"] is None else f"p = {test['p']:.2g}, "
     past = {
         "better": "; the past adds to the last item",
         "equal": "; the last item alone does as well as an average of the past",
+        "no better": "; an average of the past does no better than the last item alone",
         "worse": "; an average of the past harms",
     }.get(result["judgements"].get("integration"), "")
     kept = f"blocks keep {1 - result['mixing_ratio']:.0%} of each position"

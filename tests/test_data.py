@@ -296,7 +296,7 @@ def test_planted_chains_follow_from_so_many_items_back(name, back):
 def test_taste_has_no_order_and_few_genres_a_user():
     log = planted.taste()
     genres = [np.bincount(log.history(u) % planted.N_GENRES) / len(log.history(u)) for u in range(len(log.users))]
-    assert 0.4 < np.mean([shares.max() for shares in genres]) < 0.9  # far above 1 / N_GENRES, and not one alone
+    assert 0.35 < np.mean([shares.max() for shares in genres]) < 0.6  # far above 1 / N_GENRES, and not one alone
     halves = [np.array_split(log.history(u) % planted.N_GENRES, 2) for u in range(len(log.users))]
     first, second = (np.mean([np.isin(a[i], a[1 - i]).mean() for a in halves]) for i in (0, 1))
     assert abs(first - second) < 0.02  # what comes early tells of what comes late as the other way round

@@ -104,3 +104,12 @@ def test_recommendations_are_the_best_unseen_items(log, parameters):
         np.testing.assert_array_equal(row, np.argsort(-expected, kind="stable")[:7])
         np.testing.assert_allclose(row_scores, expected[row])
     assert np.isneginf(scores[-1]).sum() == 2  # only five items are unseen
+
+
+def test_the_best_of_many_ties_are_those_of_a_stable_sort(rng):
+    scores = rng.integers(4, size=(50, 30)).astype(np.float32)
+    scores[rng.random(scores.shape) < 0.3] = -np.inf
+    for k in (1, 7, 30):
+        order, values = evaluate.best_of(scores, k)
+        np.testing.assert_array_equal(order, np.argsort(-scores, axis=1, kind="stable")[:, :k])
+        np.testing.assert_array_equal(values, np.take_along_axis(scores, order, axis=1))

@@ -57,10 +57,11 @@ def test_the_bootstrap_interval_is_about_two_standard_errors_wide(rng):
     "seeds, users, expected",
     [
         ([0.02, 0.04], [0.01, 0.05], "better"),
-        ([-0.04, -0.02], [-0.05, 0.001], "unclear"),
+        ([-0.04, -0.02], [-0.05, 0.001], "no better"),
+        ([-0.04, -0.02], [-0.05, 0.006], "unclear"),
         ([-0.04, -0.02], [-0.05, -0.001], "worse"),
         ([-0.004, 0.002], [-0.0049, 0.0049], "equal"),
-        ([-0.004, 0.002], [-0.006, 0.004], "unclear"),  # the users do not agree within 5 % of 0.1
+        ([-0.004, 0.002], [-0.006, 0.004], "no better"),  # the users do not agree within 5 % of 0.1
         ([0.001, 0.002], [0.001, 0.003], "equal"),  # sure, and of no importance
         (None, [0.01, 0.05], "unclear"),
     ],
@@ -76,6 +77,7 @@ def test_regimes_and_their_confidence():
     low, high = [0.10, 0.11, 0.10], [0.40, 0.41, 0.42]
     assert statistics.confident("preserving", "equal", low, [0.1])
     assert not statistics.confident("preserving", "better", low, [3.0])  # it does not mix, and yet weighting matters
+    assert not statistics.confident("preserving", "worse", low, [-3.0])
     assert not statistics.confident("preserving", "equal", low[:2], [0.1])  # too few seeds
     assert not statistics.confident("preserving", "equal", [0.1, 0.3, 0.15], [0.1])  # on either side of the threshold
     assert statistics.confident("mixing_with_reliance", "better", high, [3.0])

@@ -83,7 +83,7 @@ def test_a_study_that_was_killed_goes_on_to_the_same_results(finished, log_path,
     folder, printed = finished
     command = [sys.executable, str(ROOT / "cli.py"), "study", "--data", str(log_path), *map(str, QUICK), "--out", "out"]
     process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE)
-    while b"epochs" not in process.stderr.readline():  # until the first run is done
+    while b"[1/6]" not in process.stderr.readline():  # until the first run is done
         assert process.poll() is None
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
@@ -191,14 +191,16 @@ def test_a_verdict_is_no_stronger_than_its_seeds():
     result = {"weighting": {"NDCG@10": test}, "seeds": [0, 1, 2, 3, 4], "mean_g": 0.1, "mixing_ratio": 0.12}
     result |= {"regime": "preserving", "confident": True, "judgements": {"weighting": "equal"}}
     assert study.verdict("beauty", result) == (
-        "beauty: a causal average does as well as learned attention (g = +0.1, p = 0.6, 5 seeds); "
+        "beauty: a causal average does as well as learned attention (-1% of NDCG@10, g = +0.1, p = 0.6, 5 seeds); "
         "blocks keep 88% of each position: regime preserving."
     )
     doubt = result | {"confident": False, "judgements": {"weighting": "unclear"}}
-    assert "5 seeds cannot tell" in study.verdict("beauty", doubt)
+    assert "these seeds cannot tell" in study.verdict("beauty", doubt)
     assert study.verdict("beauty", doubt).endswith("regime preserving, not confident.")
     alone = doubt | {"seeds": [0], "mean_g": None, "weighting": {"NDCG@10": test | {"p": None}}}
-    assert "one seed cannot say" in study.verdict("beauty", alone) and "(1 seed)" in study.verdict("beauty", alone)
+    assert "one seed cannot say" in study.verdict("beauty", alone) and "(-1% of NDCG@10, 1 seed)" in study.verdict(
+        "beauty", alone
+    )
 
 
 def test_a_run_of_another_length_is_analysed_anew(finished, log_path):
