@@ -27,6 +27,7 @@ from minirec import backend, planted, runs
 from minirec import gradcheck as checking
 from minirec import study as studying
 from minirec.attention import WEIGHTINGS
+from minirec.backend import load as load_backend
 from minirec.data import FORMATS, SPLITS
 from minirec.decompose import RATIOS, contributions, summarise
 from minirec.decompose import decompose as decompose_sequences
@@ -266,8 +267,12 @@ def train(ctx, out, resume, as_json, **options):
         say(f"{without:,} of the users have no test target and are kept for training only")
     say(f"{config.attn} attention, {config.n_blocks} blocks, D = {config.hidden_size} -> {folder}")
 
-    with interruptible() as asked_to_stop:
-        records, complete = _train_with_progress(log, settings, folder, resume, asked_to_stop)
+    try:
+        with interruptible() as asked_to_stop:
+            records, complete = _train_with_progress(log, settings, folder, resume, asked_to_stop)
+    except MemoryError:  # CuPy's is one too
+        half = f"--batch-size {max(1, options['batch_size'] // 2)}"
+        raise UserError(f"out of memory; start a new run with {half}, or a smaller --max-length or --hidden") from None
     if not complete:
         say(f"stopped; go on with: python cli.py train --resume --out {folder}")
         ctx.exit(INTERRUPTED)
@@ -396,10 +401,11 @@ def metrics_table(values, title):
 @click.option("--patience", type=click.IntRange(min=1), default=10, show_default=True, help="Epochs without a gain.")
 @click.option("--max-length", type=SIZE, help="Latest items kept [default: 200 for long histories, else 50].")
 @click.option("--dropout", type=Number(0, 1, max_open=True), help="[default: 0.2 for dense logs, else 0.5].")
+@backend_option
 @click.option("--workers", type=click.IntRange(min=1), help="Runs at a time [default: all usable cores].")
 @click.option("--out", type=click.Path(path_type=Path), default=runs.RUNS / "study", show_default=True)
 @json_option
-def study(data, attn, seeds, epochs, patience, max_length, dropout, workers, out, as_json, **log_settings):
+def study(data, attn, seeds, workers, out, as_json, **options):
     """Is learned attention needed on this data? A grid of runs, statistics, figures and a verdict.
 
     Trains softmax, uniform and identity attention with the same seeds, measures how much the trained models
@@ -416,16 +422,17 @@ def study(data, attn, seeds, epochs, patience, max_length, dropout, workers, out
         importlib.import_module("scipy.stats")
     except ImportError:  # now, not after the runs
         raise UserError("a study needs scipy for its statistics: pip install 'minirec[study]'") from None
+    load_backend(options["backend"])  # or say now what it lacks
     datasets = []
     for path in data or planted.DATASETS:
-        dataset = _study_dataset(path, log_settings, epochs, patience, max_length, dropout)
+        dataset = _study_dataset(path, options)
         if dataset.name in [other.name for other in datasets]:
             raise click.UsageError(f"two logs are called {dataset.name}: rename one, or study it with another --out.")
         datasets.append(dataset)
     runs.make_folder(out)
     with runs.locked(out):
         jobs = studying.grid(datasets, weightings, seeds, out)
-        failures = _run_grid(jobs, workers or usable_cores())
+        failures = _run_grid(jobs, (workers or usable_cores()) if options["backend"] == "numpy" else 0)
         say("summing up")
         results, rows = studying.collect(jobs)
         if not results:
@@ -452,19 +459,19 @@ def study(data, attn, seeds, epochs, patience, max_length, dropout, workers, out
         raise UserError(f"{len(failures)} of {len(jobs)} runs failed; the same command tries them again")
 
 
-def _study_dataset(path, log_settings, epochs, patience, max_length, dropout):
+def _study_dataset(path, options):
     """Read a log, choose what was not given, and say what is studied."""
-    source = log_source(path, log_settings)
+    source = log_source(path, options)
     with reading(source["path"]) as update:
         log = runs.load_log(source, update)
     length, rate = studying.sensible(log)
-    length, rate = max_length or length, rate if dropout is None else dropout
-    epochs = epochs or (EPOCHS_EMBEDDED if runs.is_planted(path) else EPOCHS)
+    length, rate = options["max_length"] or length, rate if options["dropout"] is None else options["dropout"]
+    epochs = options["epochs"] or (EPOCHS_EMBEDDED if runs.is_planted(path) else EPOCHS)
     settings = {
         "data": source,
         "model": asdict(Config(len(log.items), max_length=length, dropout=rate)),
         "training": {"loss": "ce", "negatives": 1024, "epochs": epochs, "batch_size": 128, "lr": 1e-3}
-        | {"patience": patience, "backend": "numpy"},
+        | {name: options[name] for name in ("patience", "backend")},
         "versions": versions(),
     }
     split = runs.split_log(log, settings)
@@ -482,34 +489,38 @@ def _run_grid(jobs, n_processes):
     left = [job for job in jobs if studying.load_analysis(job) is None]
     if len(left) < len(jobs):
         say(f"{len(jobs) - len(left)} of {len(jobs)} runs are finished already")
-    weights = {job.folder: len(job.dataset.log.sequence) for job in left}  # what an epoch costs
-    done, lengths, failures = dict.fromkeys(weights, 0.0), {}, []
-    began, terminal, ended = time.perf_counter(), on_terminal(), 0
-    total = sum(weights.values())
-    with progress("training", total) as update:
-        shown = 0
-        for job, event, value in studying.run_grid(left, n_processes):
-            epochs = lengths.setdefault((job.dataset.name, job.attn), [])
-            if event == "epoch":  # early stopping ends most runs: the last ones of the kind say when
-                expected = np.mean(epochs) if epochs else job.settings()["training"]["epochs"]
-                done[job.folder] = weights[job.folder] * min(value["epoch"] / expected, 0.95)
+    costs = {job.folder: len(job.dataset.log.sequence) for job in left}  # of an epoch
+    done, lengths, failures = dict.fromkeys(costs, 0.0), {}, []
+    began, terminal, ended, shown = time.perf_counter(), on_terminal(), 0, 0
+    with progress("training", sum(costs.values())) as update:
+
+        def report(job, event, value):
+            nonlocal ended, shown
+            epochs = lengths.setdefault((job.dataset.name, job.attn), [])  # of the runs of this kind
+            if event == "epoch":  # early stopping ends most runs: the earlier ones of the kind say when
                 last = value["epoch"]
+                expected = np.mean(epochs) if epochs else job.settings()["training"]["epochs"]
+                done[job.folder] = costs[job.folder] * min(last / expected, 0.95)
             else:
-                done[job.folder] = weights[job.folder]
+                done[job.folder] = costs[job.folder]
                 ended += 1
-                last = (job.folder / "metrics.jsonl").read_text().count("\n") if event == "done" else 0
-                epochs += [last] if last else []
-            share = sum(done.values()) / total
-            text = f"{job}: epoch {last}"
             if event == "failed":
                 failures.append(f"{job}: {one_line(value)}")
                 say(f"failed: {failures[-1]}")
-            elif terminal:
-                update(int(sum(done.values())) - shown, text)
-                shown = int(sum(done.values()))
+                return
+            if event == "done":
+                last = studying.load_analysis(job)[0]["epochs"]
+                epochs.append(last)
+            if terminal:
+                now = int(sum(done.values()))
+                update(now - shown, f"{job}: epoch {last}")
+                shown = now
             elif event == "done":
+                share = sum(done.values()) / sum(costs.values())
                 rest = (time.perf_counter() - began) * (1 / share - 1)
                 say(f"[{ended}/{len(left)}] {job}: {last} epochs; about {rest / 60:.0f} min left")
+
+        studying.run_grid(left, n_processes, report)
     return failures
 
 
@@ -758,17 +769,19 @@ def _recommend_all(run, items, top, out, workers):
 
 @main.command()
 @click.option("--attn", type=click.Choice(WEIGHTINGS), help="One weighting [default: all three].")
-def gradcheck(attn):
+@backend_option
+def gradcheck(attn, backend):
     """Compare every hand-derived gradient with central differences, in float64.
 
     Each cell is max |difference| / max |gradient| of one parameter tensor. A gradient that is zero
     by construction is checked absolutely, and marked 0+.
     """
     weightings = (attn,) if attn else WEIGHTINGS
+    xp = load_backend(backend)
     results = {}
     with progress("checking", len(weightings)) as update:
         for weighting in weightings:
-            for name, error, relative in checking.check(weighting):
+            for name, error, relative in checking.check(weighting, xp):
                 results.setdefault(name, []).append((error, relative))
             update(1)
     click.echo(f"{'parameter':<32}" + "".join(f"{w:>14}" for w in weightings))

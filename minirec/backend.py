@@ -4,7 +4,9 @@ The only file that imports CuPy, and only when it is asked for. Everything above
 against the functions that the two libraries share; `xp` is the one in use.
 """
 
+import importlib.util
 import sys
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import numpy as np
@@ -25,31 +27,39 @@ class Plan(NamedTuple):
 
 
 CPU_PLAN = Plan(lanes=4, micro_batch_tokens=1000, rectangles=None, loss_bytes=4 << 20)
-GPU_PLAN = Plan(lanes=1, micro_batch_tokens=1 << 18, rectangles=4, loss_bytes=1 << 30)
+GPU_PLAN = Plan(lanes=1, micro_batch_tokens=1 << 18, rectangles=2, loss_bytes=1 << 30)
 
 
 def load(name):
     """Return the array module for a backend.
 
-    name: "numpy" or "cupy". Raises UserError where CuPy or a GPU is missing.
+    name: "numpy" or "cupy". Raises UserError where CuPy or a GPU is missing, or the two do not fit.
     """
     if name == "numpy":
         return np
-    try:
-        import cupy
-    except ImportError:
+    if importlib.util.find_spec("cupy") is None:
         raise UserError(
             "--backend cupy: CuPy is not installed; pip install 'cupy-cuda12x' (for CUDA 12), or use --backend numpy"
-        ) from None
-    try:
+        )
+    with _or_say("CuPy cannot be imported", "reinstall the one that fits your CUDA, such as 'cupy-cuda12x'"):
+        import cupy
+    with _or_say("no usable GPU", "check nvidia-smi"):
         devices = cupy.cuda.runtime.getDeviceCount()
-    except Exception as error:  # the driver's own classes; without a driver they may not even load
-        raise UserError(
-            f"--backend cupy: no usable GPU ({str(error).splitlines()[0]}); check nvidia-smi, or use --backend numpy"
-        ) from None
     if devices == 0:
         raise UserError("--backend cupy: no GPU found; check nvidia-smi, or use --backend numpy")
+    with _or_say("CuPy cannot use the GPU", "install the CuPy that fits the driver's CUDA, such as 'cupy-cuda12x'"):
+        cupy.ones(2) @ cupy.ones(2)  # needs the compiler and the BLAS of its flavour
     return cupy
+
+
+@contextmanager
+def _or_say(what, remedy):
+    """Turn any error, whose classes are CuPy's own and may not even load, into one line."""
+    try:
+        yield
+    except Exception as error:
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise UserError(f"--backend cupy: {what} ({reason}); {remedy}, or use --backend numpy") from None
 
 
 def get_array_module(x):

@@ -8,6 +8,7 @@ the same seed at every evaluation, so the loss is one smooth function of the par
 
 import numpy as np
 
+from minirec.backend import generator, to_device, to_host
 from minirec.model import Config, init_parameters, loss_and_gradients
 
 STEP = 1e-5
@@ -39,22 +40,24 @@ def identically_zero(config, name):
     return rest[-1] in unused
 
 
-def check(attn):
-    """Check all parameters under one weighting.
+def check(attn, xp=np, only=None):
+    """Check all parameters, or those named in `only`, under one weighting, on array module xp.
 
     Yields (name, error, relative): max |difference| / max |gradient|, or, where the gradient is
     identically zero (relative False), the largest absolute value that either method gives.
     """
     config, parameters, sequences = example(attn)
+    parameters = {name: to_device(value, xp) for name, value in parameters.items()}
 
     def loss():
-        return loss_and_gradients(parameters, config, sequences, np.random.default_rng(1))
+        return loss_and_gradients(parameters, config, sequences, generator(xp, 1))
 
     _, gradients = loss()
-    for name, value in parameters.items():
-        numeric = np.zeros_like(value)
+    for name in only or parameters:
+        value, gradient = parameters[name], to_host(gradients[name])
+        numeric = np.zeros(value.shape)
         for i in np.ndindex(value.shape):
-            centre = value[i]
+            centre = float(value[i])
             value[i] = centre + STEP
             above, _ = loss()
             value[i] = centre - STEP
@@ -62,6 +65,6 @@ def check(attn):
             value[i] = centre
             numeric[i] = (above - under) / (2 * STEP)
         if identically_zero(config, name):
-            yield name, max(np.abs(gradients[name]).max(), np.abs(numeric).max()), False
+            yield name, max(np.abs(gradient).max(), np.abs(numeric).max()), False
         else:
-            yield name, np.abs(gradients[name] - numeric).max() / np.abs(numeric).max(), True
+            yield name, np.abs(gradient - numeric).max() / np.abs(numeric).max(), True

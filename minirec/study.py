@@ -24,7 +24,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from minirec import runs
+from minirec import backend, runs
 from minirec.baselines import rank_baselines
 from minirec.decompose import RATIOS, decompose, summarise
 from minirec.errors import UserError
@@ -115,10 +115,10 @@ def analyse(log, settings, folder):
     ranks.npz: the ranks [M] of the test targets, by the run as it is ("test"), with the order of each history
     shuffled ("shuffled") and, for softmax, with uniform weights put in ("uniform", and "uniform.I" in block I).
     """
-    config = runs.model_config(settings)
+    config, xp = runs.model_config(settings), backend.load(settings["training"]["backend"])
     test = runs.split_log(log, settings).test
-    with worker_map(1, np) as run:
-        parameters = runs.load_parameters(folder, config)
+    with worker_map(1, xp) as run:
+        parameters = runs.load_parameters(folder, config, xp)
 
         def rank(config, sequence):
             return np.concatenate(list(rank_targets(parameters, config, sequence, test, run=run)))
@@ -181,12 +181,17 @@ def load_analysis(job):
 # All runs
 
 
-def run_grid(jobs, n_processes):
-    """Execute jobs, n_processes at a time, each in a process with one worker; yield what happens.
+def run_grid(jobs, n_processes, report):
+    """Execute jobs, n_processes at a time, each in a process with one worker.
 
-    Yields (job, "epoch", record), (job, "done", None) and (job, "failed", message); a job that fails does
-    not stop the others. When the generator is closed, the processes end, to go on another time.
+    Calls report(job, "epoch", record), report(job, "done", None) and report(job, "failed", message); a job that
+    fails does not stop the others. Interrupted, the processes end, to go on another time. n_processes 0: one job
+    after the other in this process, as on a GPU, where one is enough to feed the device.
     """
+    if n_processes == 0:
+        for job in jobs:
+            report(job, *outcome(job, lambda record, job=job: report(job, "epoch", record)))
+        return
     waiting, running = deque(jobs), {}
     try:
         while waiting or running:
@@ -207,7 +212,7 @@ def run_grid(jobs, n_processes):
                     process.join()
                     connection.close()
                     del running[connection]
-                yield job, event, value
+                report(job, event, value)
     finally:
         for connection, (_, process) in running.items():
             process.terminate()
@@ -219,17 +224,19 @@ def _run_job(connection, job, parent):
     """The process of one job: send what happens to the parent; end when that is gone."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent to handle
     np.seterr(all="ignore")  # a loss that is not finite is found, and named, at the end of an epoch
+    connection.send(
+        outcome(job, lambda record: connection.send(("epoch", record)), stop=lambda: os.getppid() != parent)
+    )
+
+
+def outcome(job, on_epoch, stop=None):
+    """Execute a job; return ("done", None) or ("failed", why)."""
     try:
-        complete = execute(
-            job,
-            on_epoch=lambda record: connection.send(("epoch", record)),
-            stop=lambda: os.getppid() != parent,
-        )
-        connection.send(("done", None) if complete else ("failed", "stopped"))
+        return ("done", None) if execute(job, on_epoch, stop) else ("failed", "stopped")
     except (UserError, OSError) as error:
-        connection.send(("failed", str(error)))
+        return "failed", str(error)
     except MemoryError:
-        connection.send(("failed", "out of memory"))
+        return "failed", "out of memory"
 
 
 # What it shows

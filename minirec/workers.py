@@ -34,6 +34,7 @@ from minirec.model import add_gradients, pack, parameter_count, views
 from minirec.optimizer import adam_step
 
 UPDATE_SIZE = 1 << 16  # parameters that Adam updates at a time: they and their moments stay in cache
+NO_LANE = 1 << 16  # the negatives' stream, which no lane's dropout shares, and which every backend draws alike
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # from glibc's malloc.h
 MALLOC_KEEPS = 64 << 20  # bytes
 SMALLER = "try a smaller --hidden or --max-length, or --loss sampled for many items"
@@ -210,7 +211,7 @@ class Worker:
 
         Returns config, parameters, sequence, starts and negatives, all in terms of the small table.
         """
-        stream = generator(np, *key, len(self.gradients))  # of a lane that does not exist: no dropout shares it
+        stream = generator(np, *key, NO_LANE)
         negatives = self.sampling.draw(stream, self.config.n_items, starts, lengths)
         flat, starts = windows_end_to_end(self.sequence, starts, lengths)
         table, renumbered = np.unique(np.concatenate([flat, negatives]), return_inverse=True)

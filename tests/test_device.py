@@ -1,0 +1,151 @@
+"""The GPU path: under a strict stand-in for CuPy everywhere, and on a GPU where there is one."""
+
+import sys
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from fake_cupy import counts, installed
+
+from minirec import backend, data, decompose, evaluate, gradcheck, model, optimizer, planted
+from minirec.attention import WEIGHTINGS
+from minirec.errors import UserError
+from minirec.loss import LOSSES
+from minirec.workers import Sampling, Team
+
+MOST_LAUNCHES = 600  # of a step with two blocks
+CONFIG = model.Config(planted.N_ITEMS, hidden_size=16, max_length=24, dropout=0.2)
+
+
+@pytest.fixture
+def cupy():
+    with installed() as module:
+        yield module
+
+
+@pytest.fixture(scope="module")
+def gpu():
+    """The real CuPy, where it has a device."""
+    try:
+        return backend.load("cupy")
+    except Exception as error:
+        pytest.skip(f"no GPU: {error}")
+
+
+def steps(xp, config, n_sequences, loss="ce", n_steps=2):
+    """Losses and parameters of a few steps, and what the last one counted."""
+    log = planted.household()
+    split = data.leave_one_out(log)
+    starts, lengths = data.training_windows(log, split, config.max_length)
+    sampling = None
+    if loss != "ce":
+        sampling = Sampling(
+            loss, 50, data.training_pairs(log, split), log.offsets, n_sequences * (config.max_length + 1)
+        )
+    flat = np.concatenate([x.reshape(-1) for x in model.init_parameters(config, 0).values()])
+    losses = []
+    with Team(config, log.sequence, xp, 1, sampling) as team:
+        team.parameters[...] = backend.to_device(flat, xp)
+        for step in range(1, n_steps + 1):
+            counts.clear()
+            value = team.compute_gradients(starts[:n_sequences], lengths[:n_sequences], (0, step))
+            team.update(step, 1e-3)
+            counted = dict(counts)
+            losses.append(float(value))
+        return losses, backend.to_host(team.parameters).copy(), counted
+
+
+@pytest.mark.parametrize("attn", WEIGHTINGS)
+@pytest.mark.parametrize("loss", LOSSES)
+def test_the_device_path_computes_what_numpy_does(cupy, attn, loss):
+    config = replace(CONFIG, attn=attn, dropout=0)  # the two libraries draw different masks
+    losses, parameters, _ = steps(cupy, config, 40, loss)
+    expected, expected_parameters, _ = steps(np, config, 40, loss)
+    np.testing.assert_allclose(losses, expected, rtol=1e-5)
+    np.testing.assert_allclose(parameters, expected_parameters, atol=1e-5)
+
+
+@pytest.mark.parametrize("attn", WEIGHTINGS)
+def test_a_step_launches_as_much_for_any_batch_and_never_waits(cupy, attn):
+    counted = [steps(cupy, replace(CONFIG, attn=attn), n)[2] for n in (16, 128, 512)]
+    assert len({c["launches"] for c in counted}) == 1 and counted[0]["launches"] <= MOST_LAUNCHES
+    assert not any(c.get("synchronisations") for c in counted)
+    log = planted.household()
+    for n, c in zip((16, 128, 512), counted):  # items, positions, targets and places in the rectangles: ids only
+        starts, lengths = data.training_windows(log, data.leave_one_out(log), CONFIG.max_length)
+        assert c["uploaded bytes"] <= 4 * 8 * lengths[:n].sum()
+
+
+def test_ranking_and_decomposing_do_what_they_do_on_numpy(cupy):
+    log, config = planted.household(), replace(CONFIG, n_items=planted.N_ITEMS)
+    parameters = model.init_parameters(config, 0)
+    device = {name: backend.to_device(value, cupy) for name, value in parameters.items()}
+    test = data.Cases(*(x[:60] for x in data.leave_one_out(log).test))
+    ours, theirs = (
+        np.concatenate(list(evaluate.rank_targets(p, config, log.sequence, test))) for p in (device, parameters)
+    )
+    np.testing.assert_array_equal(ours, theirs)
+    histories = [log.sequence[a:b] for a, b in zip(test.starts, test.stops)]
+    (items, scores), (expected_items, expected) = (
+        next(iter(evaluate.recommend(p, config, histories, 5))) for p in (device, parameters)
+    )
+    np.testing.assert_array_equal(items, expected_items)
+    np.testing.assert_allclose(scores, expected, rtol=1e-5)
+    ours, theirs = (decompose.decompose(p, config, histories)["blocks"] for p in (device, parameters))
+    for block, other in zip(ours, theirs):
+        for name in block:
+            np.testing.assert_allclose(block[name], other[name], atol=1e-5)
+
+
+def test_the_gradient_check_runs_on_the_device(cupy):
+    names = [name for name, _ in zip(("item_embedding", "position_embedding"), model.parameter_shapes(CONFIG))]
+    found = list(gradcheck.check("softmax", cupy, only=names))
+    assert [name for name, _, _ in found] == names and all(error < gradcheck.TOLERANCE for _, error, _ in found)
+
+
+def test_a_numpy_array_in_the_device_path_is_caught(cupy):
+    x = cupy.asarray(np.ones(3))
+    for wrong in (
+        lambda: x + np.ones(3),
+        lambda: x[np.array([0])],
+        lambda: cupy.maximum(x, np.ones(3)),
+        lambda: cupy.concatenate([x, np.ones(3)]),
+        lambda: np.asarray(x),
+        lambda: cupy.sort(x),
+        lambda: optimizer.adam_step(x, np.ones(3), x, x, 1, 0.1),
+    ):
+        with pytest.raises((TypeError, AttributeError)):
+            wrong()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("attn", WEIGHTINGS)
+def test_on_a_gpu_the_losses_are_those_of_numpy(gpu, attn):
+    config = replace(CONFIG, attn=attn, dropout=0)
+    losses, parameters, _ = steps(gpu, config, 128, n_steps=5)
+    expected, expected_parameters, _ = steps(np, config, 128, n_steps=5)
+    np.testing.assert_allclose(losses, expected, rtol=1e-5)
+    np.testing.assert_allclose(parameters, expected_parameters, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "break_it, words",
+    [
+        (lambda c: setattr(c.cuda.runtime, "getDeviceCount", lambda: 0), "no GPU found"),
+        (lambda c: setattr(c.cuda.runtime, "getDeviceCount", lambda: 1 / 0), "no usable GPU .division by zero.; check"),
+        (lambda c: setattr(c, "ones", lambda n: 1 / 0), "install the CuPy that fits the driver's CUDA"),
+    ],
+)
+def test_what_is_wrong_with_a_gpu_is_said_in_one_line(cupy, break_it, words):
+    break_it(cupy)
+    with pytest.raises(UserError, match=words) as caught:
+        backend.load("cupy")
+    assert "--backend numpy" in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_broken_cupy_is_not_called_missing(tmp_path, monkeypatch):
+    (tmp_path / "cupy.py").write_text("raise ImportError('libcublas.so.12: cannot open shared object file')")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "cupy", raising=False)
+    with pytest.raises(UserError, match="cannot be imported .libcublas.so.12"):
+        backend.load("cupy")
