@@ -14,7 +14,7 @@ import sys
 import threading
 import time
 import warnings
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -39,7 +39,7 @@ from minirec.model import Config
 from minirec.statistics import FEWEST_SEEDS, JUDGED_BY, mean_g
 from minirec.train import SELECTED_BY, best
 from minirec.train import train as train_model
-from minirec.workers import usable_cores, worker_map
+from minirec.workers import abort, launched_rank, launched_ranks, usable_cores, worker_map
 
 DEFAULT_DATA = "household"
 TRAINING_OPTIONS = ("loss", "negatives", "epochs", "batch_size", "lr", "patience", "seed", "backend")
@@ -64,14 +64,18 @@ class Commands(click.Group):
     def invoke(self, ctx):
         try:
             return super().invoke(ctx)
-        except UserError as error:
-            raise click.ClickException(one_line(error)) from None
-        except MemoryError:
-            raise click.ClickException("out of memory; try a smaller --batch-size, --max-length or --hidden") from None
-        except BrokenPipeError:
-            raise  # the reader of stdout has had enough; click ends quietly
-        except (OSError, UnicodeError) as error:
-            raise click.ClickException(one_line(error)) from None
+        except (UserError, MemoryError, OSError, UnicodeError) as error:
+            if isinstance(error, BrokenPipeError):
+                raise  # the reader of stdout has had enough; click ends quietly
+            message = "out of memory; try a smaller --batch-size, --max-length or --hidden"
+            message = message if isinstance(error, MemoryError) else one_line(error)
+            if launched_rank() is None:
+                raise click.ClickException(message) from None
+            if launched_rank() > 0:
+                time.sleep(2)  # the first rank may have the same to say
+            click.echo(f"Error: rank {launched_rank()}: {message}", err=True)
+            abort()
+            ctx.exit(1)
         except KeyboardInterrupt:
             say("stopped")
             ctx.exit(INTERRUPTED)
@@ -83,8 +87,9 @@ def one_line(error):
 
 
 def say(text):
-    """Print to stderr, where progress and remarks go: stdout is for results."""
-    click.echo(text, err=True)
+    """Print to stderr, where progress and remarks go: stdout is for results. Of several ranks, the first one speaks."""
+    if not launched_rank():
+        click.echo(text, err=True)
 
 
 def say_json(value):
@@ -97,8 +102,8 @@ def comma_list(text):
 
 
 def on_terminal():
-    """Whether stderr is a terminal; a closed one is none."""
-    return sys.stderr is not None and sys.stderr.isatty()
+    """Whether stderr is a terminal that this process may draw on; a closed one is none."""
+    return not launched_rank() and sys.stderr is not None and sys.stderr.isatty()
 
 
 @contextmanager
@@ -161,6 +166,8 @@ def main():
     python cli.py decompose                 how much does it mix positions?
     """
     warnings.simplefilter("ignore", RuntimeWarning)  # overflow and NaN are caught, and named, where they matter
+    if launched_rank() and click.get_current_context().invoked_subcommand not in ("train", "study"):
+        click.get_current_context().exit()  # the first rank is enough for it
 
 
 def log_options(command):
@@ -227,17 +234,28 @@ def versions():
 @click.option("--patience", type=click.IntRange(min=1), default=10, show_default=True, help="Epochs without a gain.")
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True)
 @workers_option
+@click.option(
+    "--mpi-buffers",
+    type=click.Choice(["host", "device"]),
+    default="host",
+    show_default=True,
+    help="device: under mpiexec with a GPU, where MPI reads its memory.",
+)
 @click.option("--out", type=click.Path(path_type=Path), help="The run folder [default: a new one below runs/].")
 @click.option("--resume", is_flag=True, help="Go on with a run that was stopped: --out, or the newest.")
 @json_option
 @click.pass_context
-def train(ctx, out, resume, as_json, **options):
+def train(ctx, out, resume, as_json, mpi_buffers, **options):
     """Train a model; the epoch that is best on validation is kept.
 
     \b
     python cli.py train --data ratings.csv --attn uniform
+    mpiexec -n 4 python cli.py train --out runs/large     each batch over four processes
     """
     began = time.perf_counter()
+    ranks = launched_ranks(mpi_buffers)
+    if ranks.size > 1 and not (out or resume):
+        out = ranks.share(lambda: runs.new_folder(log_name(options["data"]), options["attn"]))
     folder = out or (runs.newest_folder("resume", "config.json") if resume else None)
     given = ctx.get_parameter_source("data") is not ParameterSource.DEFAULT
     before = runs.load_settings(folder) if resume and os.path.exists(folder / "config.json") else None
@@ -253,7 +271,7 @@ def train(ctx, out, resume, as_json, **options):
     with reading(source["path"]) as update:
         log = runs.load_log(source, update)
     config = Config(len(log.items), *sizes)
-    workers = options["workers"] or usable_cores()
+    workers = options["workers"] or max(1, usable_cores() // ranks.size)
     settings = {
         "data": source,
         "model": asdict(config),
@@ -269,10 +287,12 @@ def train(ctx, out, resume, as_json, **options):
 
     try:
         with interruptible() as asked_to_stop:
-            records, complete = _train_with_progress(log, settings, folder, resume, asked_to_stop)
+            records, complete = _train_with_progress(log, settings, folder, resume, asked_to_stop, ranks)
     except MemoryError:  # CuPy's is one too
         half = f"--batch-size {max(1, options['batch_size'] // 2)}"
         raise UserError(f"out of memory; start a new run with {half}, or a smaller --max-length or --hidden") from None
+    if ranks.rank > 0:
+        return
     if not complete:
         say(f"stopped; go on with: python cli.py train --resume --out {folder}")
         ctx.exit(INTERRUPTED)
@@ -336,7 +356,7 @@ def interruptible():
         signal.signal(signal.SIGINT, before)
 
 
-def _train_with_progress(log, settings, folder, resume, asked_to_stop):
+def _train_with_progress(log, settings, folder, resume, asked_to_stop, ranks):
     """Train under a bar that shows epoch, loss, validation and speed; without a terminal, a line an epoch."""
     epochs, shown, records = settings["training"]["epochs"], {"at": time.perf_counter(), "steps": 0}, []
     terminal = on_terminal()
@@ -361,7 +381,8 @@ def _train_with_progress(log, settings, folder, resume, asked_to_stop):
                     f"{SELECTED_BY} {record[SELECTED_BY]:.4f}  {record['train_seconds']:.1f} s"
                 )
 
-        return train_model(log, settings, folder, resume, on_step, on_epoch, asked_to_stop.is_set)
+        stop = asked_to_stop.is_set if ranks.size == 1 else None  # ranks would not stop at the same step
+        return train_model(log, settings, folder, resume, on_step, on_epoch, stop, ranks)
 
 
 def _evaluate(run, log, config, part, filter_seen, workers):
@@ -414,6 +435,7 @@ def study(data, attn, seeds, workers, out, as_json, **options):
     \b
     python cli.py study
     python cli.py study --data ratings.csv --seeds 5 --out runs/ratings-study
+    mpiexec -n 5 python cli.py study      four runs at a time, on one machine or several
     """
     weightings = attn or WEIGHTINGS
     if not {"softmax", "uniform"} <= set(weightings):
@@ -430,7 +452,7 @@ def study(data, attn, seeds, workers, out, as_json, **options):
             raise click.UsageError(f"two logs are called {dataset.name}: rename one, or study it with another --out.")
         datasets.append(dataset)
     runs.make_folder(out)
-    with runs.locked(out):
+    with nullcontext() if launched_rank() else runs.locked(out):
         jobs = studying.grid(datasets, weightings, seeds, out)
         failures = _run_grid(jobs, (workers or usable_cores()) if options["backend"] == "numpy" else 0)
         say("summing up")
@@ -520,7 +542,10 @@ def _run_grid(jobs, n_processes):
                 rest = (time.perf_counter() - began) * (1 / share - 1)
                 say(f"[{ended}/{len(left)}] {job}: {last} epochs; about {rest / 60:.0f} min left")
 
-        studying.run_grid(left, n_processes, report)
+        if launched_rank() is None:
+            studying.run_grid(left, n_processes, report)
+        elif not studying.run_grid_over_ranks(left, report):
+            raise click.exceptions.Exit
     return failures
 
 

@@ -181,6 +181,23 @@ def load_analysis(job):
 # All runs
 
 
+def run_grid_over_ranks(jobs, report):
+    """Do what run_grid does with the processes that an MPI launcher started, on one machine or many.
+
+    The first one hands out the jobs and reports; it returns True. The others return False when all is done.
+    """
+    from mpi4py import MPI
+    from mpi4py.futures import MPICommExecutor, as_completed
+
+    with MPICommExecutor(MPI.COMM_WORLD, root=0) as executor:
+        if executor is None:
+            return False
+        running = {executor.submit(outcome, job): job for job in jobs}
+        for future in as_completed(running):
+            report(running[future], *future.result())
+    return True
+
+
 def run_grid(jobs, n_processes, report):
     """Execute jobs, n_processes at a time, each in a process with one worker.
 
@@ -229,7 +246,7 @@ def _run_job(connection, job, parent):
     )
 
 
-def outcome(job, on_epoch, stop=None):
+def outcome(job, on_epoch=None, stop=None):
     """Execute a job; return ("done", None) or ("failed", why)."""
     try:
         return ("done", None) if execute(job, on_epoch, stop) else ("failed", "stopped")

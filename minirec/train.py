@@ -7,11 +7,12 @@ on, so a run that stops anywhere and is resumed ends in the same bits as one tha
 """
 
 import time
+from contextlib import nullcontext
 
 import numpy as np
 
 from minirec import backend, runs
-from minirec.data import batches, training_pairs, training_windows
+from minirec.data import Cases, batches, training_pairs, training_windows
 from minirec.errors import UserError
 from minirec.evaluate import metrics, rank_targets
 from minirec.model import init_parameters, parameter_count, views
@@ -19,13 +20,15 @@ from minirec.runs import SELECTED_BY
 from minirec.workers import Memory, Sampling, Team, worker_map
 
 
-def train(log, settings, folder, resume=False, on_step=None, on_epoch=None, stop=None):
+def train(log, settings, folder, resume=False, on_step=None, on_epoch=None, stop=None, ranks=None):
     """Train a model and keep the best on validation in a run folder.
 
     log: data.Log; settings: what config.json holds (see runs); folder: the run's pathlib.Path;
     resume: go on from its state.npz, where it has one. on_step(epoch, i, n_steps, loss) is called
     after each step, its loss a 0-d array on the device; on_epoch(record) after each epoch, with the
-    line of metrics.jsonl; stop() is asked after each step and ends training there when true.
+    line of metrics.jsonl; stop() is asked after each step and ends training there when true. ranks: the
+    workers.Ranks that train together, of which the first one writes; on_step's loss is then an estimate from
+    this rank's share, and stop must be None.
     Returns the records of all epochs and whether training came to its end (False: it was stopped).
     Raises UserError for a log without training data, a folder that cannot be used, a loss that is
     not finite.
@@ -45,11 +48,13 @@ def train(log, settings, folder, resume=False, on_step=None, on_epoch=None, stop
         sampling = Sampling(training["loss"], training["negatives"], pairs, log.offsets, largest_batch)
 
     # The workers start first: they must not inherit, and outlive, the lock on the run folder.
-    team = Team(config, log.sequence, xp, training["workers"], sampling)
-    with team, runs.opened(folder, resume):
+    team = Team(config, log.sequence, xp, training["workers"], sampling, ranks)
+    writes = team.ranks.rank == 0
+    with team, runs.opened(folder, resume) if writes else nullcontext():
         run = Progress(settings, folder, team, windows)
-        runs.write_json(folder / "config.json", settings)
-        runs.write_json(folder / "items.json", log.items)
+        if writes:
+            runs.write_json(folder / "config.json", settings)
+            runs.write_json(folder / "items.json", log.items)
         while not finished(run.records, training):
             if not run.take_steps(on_step, stop):
                 return run.records, False
@@ -73,13 +78,17 @@ class Progress:
         self.config, self.training = runs.model_config(settings), settings["training"]
         self.starts, self.lengths = windows
         self.n_steps = -(-len(self.starts) // self.training["batch_size"])
-        state = runs.load_state(folder, settings, self.n_steps)
-        state = state or initial_state(self.config, self.training["seed"], self.n_steps)
+        state, self.records = team.ranks.share(self.load)
         for name in Memory.NAMES:
             getattr(team, name)[...] = backend.to_device(state[name], team.xp)
         self.losses = backend.to_device(state["losses"], team.xp)
         self.step, self.seconds = int(state["step"]), float(state["seconds"])  # steps in all, seconds of this epoch
-        self.records = runs.load_records(folder, self.step // self.n_steps)
+
+    def load(self):
+        """Return the state (see runs.load_state) and the records to go on from."""
+        state = runs.load_state(self.folder, self.settings, self.n_steps)
+        state = state or initial_state(self.config, self.training["seed"], self.n_steps)
+        return state, runs.load_records(self.folder, int(state["step"]) // self.n_steps)
 
     def take_steps(self, on_step, stop):
         """Take the steps that are left of the current epoch; return False where stop() ended them."""
@@ -93,7 +102,7 @@ class Progress:
             self.team.update(self.step, self.training["lr"])
             self.seconds += time.perf_counter() - began
             if on_step:
-                on_step(epoch, i + 1, self.n_steps, self.losses[i])
+                on_step(epoch, i + 1, self.n_steps, self.losses[i] * self.team.ranks.size)
             if i + 1 < self.n_steps and stop and stop():
                 self.save_state()
                 if not self.records:
@@ -104,16 +113,23 @@ class Progress:
     def close_epoch(self, sequence, valid):
         """Rank the validation targets, add the epoch's record, keep the parameters if they are the best so far."""
         began = time.perf_counter()
-        losses = backend.to_host(self.losses)  # waits for the device: all steps are done after it
+        losses = backend.to_host(self.losses).copy()  # waits for the device: all steps are done after it
+        self.team.ranks.add_up(losses)
         self.seconds += time.perf_counter() - began
         finite = bool(self.team.xp.isfinite(self.team.parameters).all())
         check_finite(losses if finite else np.append(losses, np.nan), self.step - self.n_steps, self.training)
-        parameters = views(self.team.parameters, self.config)
+        parameters, ranks = views(self.team.parameters, self.config), self.team.ranks
+        share = Cases(*(column[ranks.rank :: ranks.size] for column in valid))
         with worker_map(self.training["workers"], self.team.xp) as run_map:
-            ranks = np.concatenate(list(rank_targets(parameters, self.config, sequence, valid, run=run_map)))
+            own = list(rank_targets(parameters, self.config, sequence, share, run=run_map))
+        found = np.empty(len(valid.stops), np.int64)
+        for rank, part in enumerate(ranks.gather(own)):
+            found[rank :: ranks.size] = np.concatenate(part) if part else []
         epoch = {"epoch": len(self.records) + 1, "loss": float(losses.mean()), "steps": self.n_steps}
-        self.records.append(epoch | {"train_seconds": self.seconds} | metrics(ranks))
+        self.records.append(epoch | {"train_seconds": self.seconds} | metrics(found))
         self.seconds = 0.0
+        if ranks.rank > 0:
+            return
         if best(self.records) is self.records[-1]:
             self.save_checkpoint()
         # The state comes last: a run killed before it repeats this epoch, to the same bits.

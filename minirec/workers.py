@@ -5,6 +5,9 @@ lanes, whatever the number of workers. A lane runs its micro-batches in order an
 gradient; the lanes are then summed in order. Which worker ran a lane changes nothing, so the
 result is the same to the last bit on one core or on many.
 
+Where an MPI launcher started several processes, each of these ranks takes every n-th lane, with workers of
+its own, and one Allreduce adds up the ranks' gradients; all of them then take the same Adam step.
+
 Training workers are processes over shared memory: a step is thousands of short NumPy calls, and
 threads would queue for the interpreter between them. Ranking and decomposing are few, large calls,
 for which threads do (`worker_map`). Every worker has one BLAS thread, also when it is alone: more of
@@ -27,7 +30,7 @@ from typing import NamedTuple
 import numpy as np
 from threadpoolctl import threadpool_limits
 
-from minirec.backend import generator, plan, to_device
+from minirec.backend import generator, get_array_module, plan, to_device, to_host
 from minirec.data import unseen_negatives, windows_end_to_end
 from minirec.errors import UserError
 from minirec.model import add_gradients, pack, parameter_count, views
@@ -121,6 +124,83 @@ class Sampling(NamedTuple):
         return unseen_negatives(rng, np.repeat(users, lengths + 1), n_items, self.pairs)
 
 
+LAUNCHED = {  # what launchers set: of Open MPI, of MPICH and its kin, of others
+    "OMPI_COMM_WORLD_SIZE": "OMPI_COMM_WORLD_RANK",
+    "PMI_SIZE": "PMI_RANK",
+    "PMIX_RANK": "PMIX_RANK",
+}
+
+
+def launched_rank():
+    """Return this process's rank where an MPI launcher started it, else None. MPI itself is not touched."""
+    return next((int(os.environ.get(rank, 0)) for size, rank in LAUNCHED.items() if size in os.environ), None)
+
+
+class Ranks:
+    """The processes of an MPI run, this one among them; without a communicator, this one alone.
+
+    buffers: "host" to pass device arrays to MPI by way of the host, "device" where the MPI library can
+    read a GPU's memory.
+    """
+
+    def __init__(self, communicator=None, buffers="host"):
+        self.communicator, self.buffers = communicator, buffers
+        self.rank, self.size = (communicator.rank, communicator.size) if communicator else (0, 1)
+
+    def add_up(self, x):
+        """Replace array x by its sum over all ranks, in place."""
+        if self.size == 1:
+            return
+        from mpi4py import MPI
+
+        if isinstance(x, np.ndarray) or self.buffers == "device":
+            if not isinstance(x, np.ndarray):
+                get_array_module(x).cuda.get_current_stream().synchronize()
+            self.communicator.Allreduce(MPI.IN_PLACE, x)
+        else:
+            host = to_host(x)
+            self.communicator.Allreduce(MPI.IN_PLACE, host)
+            x[...] = to_device(host, get_array_module(x))
+
+    def gather(self, value):
+        """Return the values of all ranks, in order, on each of them."""
+        return self.communicator.allgather(value) if self.size > 1 else [value]
+
+    def share(self, compute):
+        """Return compute() of rank 0 on all ranks."""
+        if self.size == 1:
+            return compute()
+        return self.communicator.bcast(compute() if self.rank == 0 else None)
+
+
+def launched_ranks(buffers="host"):
+    """Return the Ranks that a launcher started, or this process alone.
+
+    Raises UserError where there was a launcher and mpi4py is missing.
+    """
+    if launched_rank() is None:
+        return Ranks()
+    try:
+        from mpi4py import MPI
+    except (ImportError, RuntimeError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(
+            f"started by an MPI launcher, but without mpi4py ({reason}): pip install 'minirec[mpi]'"
+        ) from None
+    return Ranks(MPI.COMM_WORLD, buffers)
+
+
+def abort():
+    """End all ranks, this one among them, if a launcher started them: they would wait for this one for ever."""
+    if launched_rank() is None:
+        return
+    with contextlib.suppress(ImportError, RuntimeError):  # without MPI the launcher sees to it
+        from mpi4py import MPI
+
+        sys.stderr.flush()
+        MPI.COMM_WORLD.Abort(1)
+
+
 def shared_floats(n):
     """Return a buffer of n float32 zeros that worker processes share.
 
@@ -145,13 +225,16 @@ def shared_floats(n):
 class Memory:
     """What all workers see: parameters, moments and a gradient a lane, flat; on the CPU in shared memory.
 
-    table_rows: how many item rows a gradient holds, all V or those of a Sampling.
+    table_rows: how many item rows a gradient holds, all V or those of a Sampling; ranks: Ranks, whose own
+    lanes these are.
     """
 
     NAMES = ("parameters", "first_moment", "second_moment")
 
-    def __init__(self, config, xp, table_rows):
-        self.lanes, self.size = plan(xp).lanes, parameter_count(config)
+    def __init__(self, config, xp, table_rows, ranks):
+        self.all_lanes, self.size = max(plan(xp).lanes, ranks.size), parameter_count(config)
+        self.own_lanes = range(ranks.rank, self.all_lanes, ranks.size)
+        self.lanes = len(self.own_lanes)
         self.gradient_size = parameter_count(replace(config, n_items=table_rows))
         n = len(self.NAMES) * self.size + self.lanes * self.gradient_size
         self.shared = shared_floats(n) if xp is np else xp.zeros(n, xp.float32)
@@ -173,6 +256,7 @@ class Worker:
 
     def __init__(self, memory, config, sequence, sampling, xp, rank, n):
         self.__dict__.update(memory.arrays())
+        self.all_lanes, self.own_lanes = memory.all_lanes, memory.own_lanes
         self.config, self.sequence, self.sampling = config, sequence, sampling
         self.xp, self.rank, self.n = xp, rank, n
         self.views = views(self.parameters, config)
@@ -185,15 +269,15 @@ class Worker:
         that, with lane and micro-batch, seed the dropout.
         """
         scale = 1 / int(lengths.sum())
-        pieces = cut(lengths, len(self.gradients), plan(self.xp).micro_batch_tokens)
+        pieces = cut(lengths, self.all_lanes, plan(self.xp).micro_batch_tokens)
         config, parameters, sequence, negatives = self.config, self.views, self.sequence, None
         loss = "ce"
         if self.sampling:
             loss = self.sampling.loss
             config, parameters, sequence, starts, negatives = self._small_table(starts, lengths, key)
-        losses = []
-        for lane in range(self.rank, len(pieces), self.n):
-            gradient = self.gradients[lane, : parameter_count(config)]
+        losses, self.gradient_size = [], parameter_count(config)
+        for own in range(self.rank, len(self.own_lanes), self.n):
+            lane, gradient = self.own_lanes[own], self.gradients[own, : self.gradient_size]
             gradient[...] = 0
             total = 0.0
             for i, piece in enumerate(pieces[lane]):
@@ -220,10 +304,15 @@ class Worker:
         parameters = self.views | {"item_embedding": self.views["item_embedding"][self.table]}
         return config, parameters, renumbered[: len(flat)], starts, renumbered[len(flat) :]
 
-    def update(self, step, learning_rate):
-        """Sum the lanes, in order, and take one Adam step with the sum, in this worker's slices."""
+    def sum_up(self):
+        """Add this worker's slices of all lanes to the first."""
+        for part in self._slices(self.gradient_size, UPDATE_SIZE):
+            sum_lanes(self.gradients[:, part])
+
+    def update(self, step, learning_rate, lanes):
+        """Sum the first `lanes` lanes, in order, and take one Adam step with the sum, in this worker's slices."""
         arrays = [getattr(self, name) for name in Memory.NAMES]
-        gradients = self.gradients
+        gradients = self.gradients[:lanes]
         if self.table is not None:
             d, n_rows = self.config.hidden_size, len(self.table)
             tables = [array[: self.config.n_items * d].reshape(-1, d) for array in arrays]
@@ -273,13 +362,14 @@ def serve(connection, others, memory, config, sequence, sampling, rank, n):
 class Team:
     """All workers of a run, this process among them; a context manager.
 
-    config, sequence, sampling, xp: see Worker; n: how many workers, at most one a lane (on a GPU: one).
-    The arrays of Memory are here as attributes.
+    config, sequence, sampling, xp: see Worker; n: how many workers, at most one a lane (on a GPU: one);
+    ranks: the Ranks that each have such a team. The arrays of Memory are here as attributes.
     """
 
-    def __init__(self, config, sequence, xp, n, sampling=None):
+    def __init__(self, config, sequence, xp, n, sampling=None, ranks=None):
         keep_freed_memory()
-        memory = Memory(config, xp, sampling.rows(config.n_items) if sampling else config.n_items)
+        self.ranks = ranks or Ranks()
+        memory = Memory(config, xp, sampling.rows(config.n_items) if sampling else config.n_items, self.ranks)
         n = min(n, memory.lanes)
         self.xp, self.lead = xp, Worker(memory, config, sequence, sampling, xp, 0, n)
         self.__dict__.update(memory.arrays())
@@ -319,11 +409,16 @@ class Team:
         return results
 
     def compute_gradients(self, starts, lengths, key):
-        """Fill all lanes; return the batch's mean loss, a 0-d array on the device (see Worker)."""
+        """Fill all lanes; return this rank's share of the batch's mean loss, a 0-d array on the device (see Worker)."""
         losses = self._all("compute_gradients", starts, lengths, key)
         n = len(losses)
         return sum(losses[lane % n][lane // n] for lane in range(len(self.gradients)))
 
     def update(self, step, learning_rate):
-        """Take one Adam step with the sum of the lanes (see Worker)."""
-        self._all("update", step, learning_rate)
+        """Take one Adam step with the sum of the lanes of all ranks (see Worker)."""
+        lanes = len(self.gradients)
+        if self.ranks.size > 1:
+            self._all("sum_up")
+            self.ranks.add_up(self.gradients[0, : self.lead.gradient_size])
+            lanes = 1
+        self._all("update", step, learning_rate, lanes)
