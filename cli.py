@@ -28,7 +28,7 @@ from minirec import gradcheck as checking
 from minirec import study as studying
 from minirec.attention import WEIGHTINGS
 from minirec.backend import load as load_backend
-from minirec.data import FORMATS, SPLITS
+from minirec.data import FORMATS, SPLITS, training_windows
 from minirec.decompose import RATIOS, contributions, summarise
 from minirec.decompose import decompose as decompose_sequences
 from minirec.errors import UserError
@@ -36,7 +36,7 @@ from minirec.evaluate import CUTOFFS, MISS, metrics, rank_targets
 from minirec.evaluate import recommend as recommend_items
 from minirec.loss import LOSSES
 from minirec.model import Config
-from minirec.statistics import FEWEST_SEEDS, JUDGED_BY, mean_g
+from minirec.statistics import JUDGED_BY, METRICS, mean_g
 from minirec.train import SELECTED_BY, best
 from minirec.train import train as train_model
 from minirec.workers import abort, launched_rank, launched_ranks, usable_cores, worker_map
@@ -45,6 +45,7 @@ DEFAULT_DATA = "household"
 TRAINING_OPTIONS = ("loss", "negatives", "epochs", "batch_size", "lr", "patience", "seed", "backend")
 EPOCHS, EPOCHS_EMBEDDED = 200, 100  # of a study: the embedded datasets must show their regimes in minutes
 SIZE = click.IntRange(1, 1 << 24)
+LONGEST_NAME = 60  # characters of a folder that is named after a log
 INTERRUPTED = 130  # the shell's exit status after Ctrl-C
 
 
@@ -335,7 +336,7 @@ def _take_over(ctx, options, settings):
 
 def log_name(path):
     """Return a short name for a log, fit for a folder."""
-    return re.sub(r"[^\w-]", "_", Path(path).name.split(".")[0]) or "log"
+    return re.sub(r"[^\w-]", "_", Path(path).name.split(".")[0])[:LONGEST_NAME] or "log"
 
 
 @contextmanager
@@ -424,7 +425,7 @@ def metrics_table(values, title):
 @click.option("--dropout", type=Number(0, 1, max_open=True), help="[default: 0.2 for dense logs, else 0.5].")
 @backend_option
 @click.option("--workers", type=click.IntRange(min=1), help="Runs at a time [default: all usable cores].")
-@click.option("--out", type=click.Path(path_type=Path), default=runs.RUNS / "study", show_default=True)
+@click.option("--out", type=click.Path(path_type=Path), help="[default: runs/study, or runs/study-LOG].")
 @json_option
 def study(data, attn, seeds, workers, out, as_json, **options):
     """Is learned attention needed on this data? A grid of runs, statistics, figures and a verdict.
@@ -434,10 +435,10 @@ def study(data, attn, seeds, workers, out, as_json, **options):
 
     \b
     python cli.py study
-    python cli.py study --data ratings.csv --seeds 5 --out runs/ratings-study
+    python cli.py study --data ratings.csv --seeds 5
     mpiexec -n 5 python cli.py study      four runs at a time, on one machine or several
     """
-    weightings = attn or WEIGHTINGS
+    weightings = tuple(dict.fromkeys(attn)) or WEIGHTINGS
     if not {"softmax", "uniform"} <= set(weightings):
         raise click.UsageError("a study compares softmax with uniform: --attn must name both.")
     try:
@@ -447,38 +448,48 @@ def study(data, attn, seeds, workers, out, as_json, **options):
     load_backend(options["backend"])  # or say now what it lacks
     datasets = []
     for path in data or planted.DATASETS:
+        if not data and not runs.is_planted(path):
+            raise UserError(f"{path} is a file here: study it with --data {path}, or the embedded {path} elsewhere")
         dataset = _study_dataset(path, options)
         if dataset.name in [other.name for other in datasets]:
             raise click.UsageError(f"two logs are called {dataset.name}: rename one, or study it with another --out.")
         datasets.append(dataset)
+    out = out or runs.RUNS / "-".join(["study", *(dataset.name for dataset in datasets if data)])[:LONGEST_NAME]
     runs.make_folder(out)
-    with nullcontext() if launched_rank() else runs.locked(out):
+    with nullcontext() if launched_rank() else runs.locked(out) as lock:
         jobs = studying.grid(datasets, weightings, seeds, out)
-        failures = _run_grid(jobs, (workers or usable_cores()) if options["backend"] == "numpy" else 0)
+        try:
+            failures = _run_grid(jobs, (workers or usable_cores()) if options["backend"] == "numpy" else 0, lock)
+        except KeyboardInterrupt:
+            say("\nstopped; the same command goes on from here")
+            raise click.exceptions.Exit(INTERRUPTED) from None
         say("summing up")
         results, rows = studying.collect(jobs)
         if not results:
             raise UserError(f"no dataset has a finished run of each weighting: {failures[0]}")
         studying.write_results(out, results, rows)
         runs.write_json(out / "times.json", times := studying.times(jobs))
-        written = [out / name for name in ("study.json", "study.csv", "times.json")]
-        try:
-            from minirec import figures
+        _show_study(results, times, jobs, out, as_json)
+    if failures:
+        raise UserError(f"{len(failures)} of {len(jobs)} runs failed; the same command tries them again")
 
-            written += figures.study_pictures(results, studying.learning_curves(jobs), out)
-        except ImportError:
-            say("no figures: they need matplotlib; pip install 'minirec[study]'")
+
+def _show_study(results, times, jobs, out, as_json):
+    """Print the results of a study, then draw them."""
     if as_json:
         say_json({"datasets": results})
     else:
         for name, result in results.items():
             click.echo(study_table(name, result, times[name]))
         click.echo("\n".join(["", *(studying.verdict(name, result) for name, result in results.items())]))
-    say(f"wrote {out}: {', '.join(path.name for path in written)}")
-    if seeds < FEWEST_SEEDS:
-        say(f"fewer than {FEWEST_SEEDS} seeds bear no regime out: try --seeds {FEWEST_SEEDS} or more")
-    if failures:
-        raise UserError(f"{len(failures)} of {len(jobs)} runs failed; the same command tries them again")
+    written = ["study.json", "study.csv", "times.json"]
+    try:
+        from minirec import figures
+
+        written += [path.name for path in figures.study_pictures(results, studying.learning_curves(jobs), out)]
+    except ImportError:
+        say("no figures: they need matplotlib; pip install 'minirec[study]'")
+    say(f"wrote {out}: {', '.join(written)}")
 
 
 def _study_dataset(path, options):
@@ -492,8 +503,8 @@ def _study_dataset(path, options):
     settings = {
         "data": source,
         "model": asdict(Config(len(log.items), max_length=length, dropout=rate)),
-        "training": {"loss": "ce", "negatives": 1024, "epochs": epochs, "batch_size": 128, "lr": 1e-3}
-        | {name: options[name] for name in ("patience", "backend")},
+        "training": {param.name: param.default for param in train.params if param.name in TRAINING_OPTIONS}
+        | {"epochs": epochs, "patience": options["patience"], "backend": options["backend"]},
         "versions": versions(),
     }
     split = runs.split_log(log, settings)
@@ -501,12 +512,12 @@ def _study_dataset(path, options):
         f"{log_name(path)}: {len(log.users):,} users, {len(log.items):,} items, {len(log.sequence):,} interactions; "
         f"{len(split.test.users):,} test users; the last {length} items, dropout {rate}, {epochs} epochs at most"
     )
-    if not len(split.test.users) or not len(split.valid.users):
-        raise UserError(f"{path}: no user to test on; the log is too small for a {source['split']} split")
+    if not len(split.test.users) or not len(training_windows(log, split, length)[0]):
+        raise UserError(f"{path}: too small for a {source['split']} split: no user to test on, or nothing to train on")
     return studying.Dataset(log_name(path), log, settings)
 
 
-def _run_grid(jobs, n_processes):
+def _run_grid(jobs, n_processes, lock):
     """Run what is left of a grid, under a bar or with a line a run; return what failed, as lines."""
     left = [job for job in jobs if studying.load_analysis(job) is None]
     if len(left) < len(jobs):
@@ -543,7 +554,7 @@ def _run_grid(jobs, n_processes):
                 say(f"[{ended}/{len(left)}] {job}: {last} epochs; about {rest / 60:.0f} min left")
 
         if launched_rank() is None:
-            studying.run_grid(left, n_processes, report)
+            studying.run_grid(left, n_processes, report, lock)
         elif not studying.run_grid_over_ranks(left, report):
             raise click.exceptions.Exit
     return failures
@@ -551,32 +562,35 @@ def _run_grid(jobs, n_processes):
 
 def study_table(name, result, times):
     """Return a dataset's arms, baselines and effects as lines of text."""
-    columns = ("HR@1", "HR@10", "HR@100", "NDCG@10", "NDCG@100")
 
     def line(title, cells, last=""):
         return f"  {title:<29}" + "".join(f"{cell:>15}" for cell in cells) + (last and f"{last:>9}")
 
     n = len(result["seeds"])
-    lines = ["", line(f"{name} (mean ± std of {n} seed{'s' * (n > 1)})", columns, "ms/user")]
+    lines = ["", line(f"{name} (mean ± std of {n} seed{'s' * (n > 1)})", METRICS, "ms/user")]
     for attn, values in result["metrics"].items():
         cells = [
-            f"{v['mean']:.4f}" + (f" ±{v['std']:.4f}" if v["std"] is not None else "") for v in map(values.get, columns)
+            f"{v['mean']:.4f}" + (f" ±{v['std']:.4f}" if v["std"] is not None else "") for v in map(values.get, METRICS)
         ]
         lines.append(line(attn, cells, f"{np.median(times[attn]['milliseconds']):.2f}"))
     others = {"softmax, uniform put in": result["substitution"]["all"]}
     others |= {f"  only in {block}": v for block, v in result["substitution"].items() if block != "all"}
     others |= {f"{attn}, history shuffled": v for attn, v in result["shuffled"].items()}
     others |= {f"{baseline} (counts)": v for baseline, v in result["baselines"].items()}
-    lines += [line(title, [f"{values[c]:.4f}" for c in columns]) for title, values in others.items()]
+    lines += [line(title, [f"{values[c]:.4f}" for c in METRICS]) for title, values in others.items()]
     for what, (a, b) in studying.COMPARED.items():
         if what in result:
             lines += effect_lines(f"{what}, {a} - {b}", result[what])
     mixing = result["mixing"]
     blocks = ", ".join(f"block {i} {block['attn_res_ln']['mean']:.3f}" for i, block in enumerate(mixing["blocks"]))
+    entropy = mixing["all"]["entropy"]["mean"]
     lines.append(
         f"  mixing ratio {result['mixing_ratio']:.3f} ({blocks}; latest position "
-        f"{mixing['latest']['attn_res_ln']['mean']:.3f}); entropy of A {mixing['all']['entropy']['mean']:.3f}"
+        f"{mixing['latest']['attn_res_ln']['mean']:.3f}); entropy of A {'-' if entropy is None else f'{entropy:.3f}'}"
     )
+    limit = result["epochs_at_most"]
+    if cut := [attn for attn, epochs in result["epochs"].items() if max(epochs) >= limit]:
+        lines.append(f"  {', '.join(cut)}: ended by the limit of {limit} epochs, and might still improve (--epochs)")
     if result["unreachable"]:
         lines.append(
             f"  {result['unreachable']:,} of {result['test_users']:,} targets are items the user had before: misses"
@@ -589,7 +603,11 @@ def effect_lines(title, comparisons):
     c, g = comparisons[JUDGED_BY], mean_g([c["hedges_g"] for c in comparisons.values()])
     relative = "" if c["relative"] is None else f" ({c['relative']:+.1%})"
     lines = [f"  {title}: {JUDGED_BY} {c['difference']:+.4f}{relative}"]
-    lines[0] += "" if g is None else f"; Hedges' g {g:+.2f}, the mean of {len(comparisons)} metrics"
+    undefined = [name for name, comparison in comparisons.items() if comparison["hedges_g"] is None]
+    if g is not None:
+        lines[0] += f"; Hedges' g {g:+.2f}, the mean of {len(comparisons) - len(undefined)} metrics"
+    if undefined:
+        lines[0] += f"; g undefined for {', '.join(undefined)}: no spread over seeds"
     lines[0] += "" if c["p"] is None else f"; paired t-test p = {c['p']:.2g}"
     intervals = {over: c[f"interval_{over}"] for over in ("seeds", "users") if c[f"interval_{over}"]}
     texts = [f"{low:+.4f} to {high:+.4f} over {over}" for over, (low, high) in intervals.items()]

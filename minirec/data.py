@@ -383,7 +383,7 @@ def temporal(log):
 
     The test begins after the QUANTILE of all times, validation after the QUANTILE of those before it.
     A user who was active in a part has their last item in it as its target, and all items before that as
-    history; so the model is never shown what happened after the moment at which it is trained.
+    history; so nothing is trained on that happened after the moment at which the model is trained.
     Raises UserError for a log without times, or one in which a part has no target.
     """
     if log.times is None:

@@ -4,6 +4,8 @@ They are to be read in grey and at the width of a column: arms and datasets diff
 not by colour alone.
 """
 
+import warnings
+
 import numpy as np
 
 from minirec.decompose import RATIOS
@@ -31,7 +33,9 @@ def new_figure(rows, columns, width, height):
 
 def save(figure, path):
     """Write a figure as PNG."""
-    write(path, lambda file: figure.savefig(file, format="png", dpi=150))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # a name in a script that the font lacks
+        write(path, lambda file: figure.savefig(file, format="png", dpi=150))
 
 
 def heatmaps(result, path):
@@ -123,8 +127,10 @@ def rq3_plane(results, path):
         xlim=(left, right),
         ylim=(low, high),
         xlabel="mixing ratio (mean AttnResLN, softmax models)",
-        ylabel="mean Hedges' g, softmax over uniform",
+        ylabel="mean Hedges' g, softmax over uniform (logarithmic beyond ±1)",
     )
+    axis.set_yticks([y for y in (-10, -3, -1, 0, 1, 3, 10, 30, 100) if low <= y <= high])
+    axis.set_yticks([], minor=True)
     axis.yaxis.set_major_formatter("{x:g}")
     figure.legend(fontsize=8, loc="outside lower center", ncols=2, frameon=False)
     save(figure, path)
@@ -154,7 +160,9 @@ def learning_curves(name, curves, path):
     for attn, found in curves.items():
         line, grey = STYLES[attn]
         for seed, values in enumerate(found):
-            axis.plot(range(1, len(values) + 1), values, line, color=grey, linewidth=1, label=None if seed else attn)
+            marker = "." if len(values) == 1 else ""
+            label = None if seed else attn
+            axis.plot(range(1, len(values) + 1), values, line, marker=marker, color=grey, linewidth=1, label=label)
     axis.set(title=name, xlabel="epoch", ylabel=f"validation {JUDGED_BY}", ylim=(0, None))
     axis.title.set_fontsize(9)
     axis.legend(fontsize=8)

@@ -159,11 +159,12 @@ def opened(folder, resume):
 
 @contextlib.contextmanager
 def locked(folder):
-    """Hold a folder for as long as the context lasts. Raises UserError where another process does."""
+    """Hold a folder for as long as the context lasts; yield the handle that does. Raises UserError where another
+    process holds it."""
     try:
         import fcntl
     except ImportError:  # Windows has no flock; one process at a time is then up to the user
-        yield
+        yield None
         return
     handle = os.open(folder, os.O_RDONLY)  # a lock on the folder itself leaves no file behind
     try:
@@ -174,7 +175,7 @@ def locked(folder):
     except OSError:
         pass  # some network file systems know no locks
     try:
-        yield
+        yield handle
     finally:
         os.close(handle)
 
@@ -207,9 +208,12 @@ def load_log(source, progress=None):
         log = planted.DATASETS[source["path"]]()
     else:
         log = data.read_log(source["path"], source["format"], source["columns"], progress)
-    if source["drop_repeats"]:
-        log = data.drop_repeats(log)
-    return data.k_core(log, source["k_core"]) if source["k_core"] > 1 else log
+    before = None
+    while before != len(log.sequence):  # what the k-core takes away can make two equal items neighbours
+        before = len(log.sequence)
+        log = data.drop_repeats(log) if source["drop_repeats"] else log
+        log = data.k_core(log, source["k_core"]) if source["k_core"] > 1 else log
+    return log
 
 
 def split_log(log, settings):
@@ -377,7 +381,7 @@ def load_records(folder, n):
     for epoch in range(1, n + 1):
         record = records[epoch - 1] if epoch <= len(records) else None
         numbers = isinstance(record, dict) and all(isinstance(x, (int, float)) for x in record.values())
-        if not numbers or record.get("epoch") != epoch or SELECTED_BY not in record:
+        if not numbers or record.get("epoch") != epoch or not {SELECTED_BY, "train_seconds"} <= set(record):
             raise UserError(f"{folder / 'metrics.jsonl'}: epoch {epoch} is missing or damaged; start a new run")
     return records
 
@@ -385,5 +389,5 @@ def load_records(folder, n):
 def fixed_settings(settings):
     """Return, as {name: value}, the settings that a run cannot change half-way."""
     training = {name: settings["training"].get(name) for name in ("loss", "negatives", "batch_size", "lr", "seed")}
-    source = {name: settings["data"][name] for name in ("split", "k_core", "drop_repeats")}
+    source = {name: settings["data"][name] for name in ("format", "columns", "split", "k_core", "drop_repeats")}
     return settings["model"] | training | source | {"log (SHA-256)": settings["data"]["sha256"]}

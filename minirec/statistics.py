@@ -21,10 +21,10 @@ METRICS = ("HR@1", "HR@10", "HR@100", "NDCG@10", "NDCG@100")  # the paper's five
 JUDGED_BY = "NDCG@10"  # its intervals decide what is said in words
 CONFIDENCE = 0.95
 RESAMPLES = 1000  # of the bootstrap
-MARGIN = 0.05  # arms within 5 % of the first one's mean are called equal
+MARGIN = 0.05  # arms that differ by less than 5 % of the second one's mean are called equal
 # Above it a model mixes. The published ratios have a gap there: 5 of 14 lie at 0.146 to 0.174, the rest from 0.233.
 MIXES_ABOVE = 0.2
-FEWEST_SEEDS = 3  # fewer never make a regime confident
+FEWEST_SEEDS, FEWEST_USERS = 3, 30  # fewer never make a regime confident; users with a target that can be hit
 
 
 def published():
@@ -76,14 +76,14 @@ def compare(a, b, user_differences):
 
     a, b [n]: one value a seed; user_differences [M]: a - b of each user, a mean over seeds.
     Returns {"hedges_g", "difference", "relative", "t", "p", "interval_seeds", "interval_users"}; relative to
-    the first arm's mean, None where that is 0.
+    the second arm's mean, None where that is 0.
     """
     test = paired_t(a, b)
     difference = float(np.mean(a) - np.mean(b))
     return {
         "hedges_g": hedges_g(a, b),
         "difference": difference,
-        "relative": difference / float(np.mean(a)) if np.mean(a) else None,
+        "relative": difference / float(np.mean(b)) if np.mean(b) else None,
         "t": test["t"],
         "p": test["p"],
         "interval_seeds": test["interval"],
@@ -98,14 +98,14 @@ def mean_g(values):
 
 
 def judge(comparison, mean):
-    """Say what a comparison shows, by both of its intervals and never by a point: one of
-    "better", "worse" (the first arm), "equal" (within MARGIN of `mean`, the first arm's), "no better" (perhaps
-    worse, and better by the margin at most), "unclear".
+    """Say what a comparison shows, by both of its intervals and never by a point.
 
-    A difference below the margin whose sign is sure is "equal": it is of no importance.
+    mean: of the second arm. Returns one of "better", "worse" (the first arm), "equal" (within MARGIN of the mean),
+    "no better" (perhaps worse, and better by the margin at most), "unclear". A difference below the margin
+    whose sign is sure is "equal": it is of no importance.
     """
     intervals = [comparison["interval_seeds"], comparison["interval_users"]]
-    if None in intervals:
+    if None in intervals or mean == 0:
         return "unclear"
     low, high = min(i[0] for i in intervals), max(i[1] for i in intervals)
     if high <= MARGIN * mean:
@@ -120,21 +120,24 @@ def regime(ratio, g):
     return "mixing_with_reliance" if g > 0 else "mixing_without_reliance"
 
 
-def confident(name, judgement, ratios, g_values):
-    """Return whether the seeds and users at hand bear a regime out.
+def doubts(name, judgement, ratios, n_users, model, baselines):
+    """Return why a regime is not to be relied on, as a list of words; empty where seeds and users bear it out.
 
     name: the regime; judgement: of softmax over uniform (see judge); ratios [n]: the mixing ratios by seed;
-    g_values: of METRICS. The ratios' interval must lie on one side of MIXES_ABOVE, and weighting matter, or
-    not, as the regime has it.
+    n_users: with a target that can be hit; model, baselines: JUDGED_BY of the softmax runs and of rankings without
+    learning. A model that a count clearly beats has learned too little, and an untrained one mixes nothing.
     """
-    if len(ratios) < FEWEST_SEEDS:
-        return False
-    low, high = paired_t(ratios, np.zeros(len(ratios)))["interval"]
-    if low <= MIXES_ABOVE < high:
-        return False
-    allowed = {
+    fits = {
         "preserving": ("equal", "no better"),
         "mixing_without_reliance": ("equal", "no better", "worse"),
         "mixing_with_reliance": ("better",),
     }
-    return judgement in allowed[name] and any(g is not None for g in g_values)
+    interval = paired_t(ratios, np.zeros(len(ratios)))["interval"] or [-math.inf, math.inf]
+    found = {
+        f"fewer than {FEWEST_SEEDS} seeds": len(ratios) < FEWEST_SEEDS,
+        f"fewer than {FEWEST_USERS} users to test on": n_users < FEWEST_USERS,
+        "counting does better than the model": model < (1 - MARGIN) * max(baselines),
+        f"the seeds' mixing ratios do not agree on a side of {MIXES_ABOVE}": interval[0] <= MIXES_ABOVE < interval[1],
+        "whether weighting matters is not clear, or not as the regime has it": judgement not in fits[name],
+    }
+    return [words for words, applies in found.items() if applies]

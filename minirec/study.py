@@ -26,16 +26,18 @@ import numpy as np
 
 from minirec import backend, runs
 from minirec.baselines import rank_baselines
+from minirec.data import Cases
 from minirec.decompose import RATIOS, decompose, summarise
 from minirec.errors import UserError
 from minirec.evaluate import MISS, metrics, rank_targets, user_values
-from minirec.statistics import JUDGED_BY, METRICS, compare, confident, judge, mean_g, regime
+from minirec.statistics import JUDGED_BY, METRICS, compare, doubts, judge, mean_g, regime
 from minirec.train import best, finished, train
 from minirec.workers import PROCESSES, worker_map
 
 COMPARED = {"weighting": ("softmax", "uniform"), "integration": ("uniform", "identity")}
 DENSE = 0.02  # share of all user-item pairs; such logs take a dropout of 0.2, sparser ones of 0.5, as in the paper
 LONG = 100  # mean history from which the last 200 items are kept, not the last 50, as in the paper
+TIMED = 500  # users whose ranking is timed
 BINS = 50  # of the ratios' distributions, over [0, 1]
 
 
@@ -91,6 +93,12 @@ def grid(datasets, weightings, n_seeds, out):
     for job in jobs:
         if (job.folder / "state.npz").exists():
             runs.check_same(job.folder, job.settings())
+            records = load_records(job)
+            if records[:-1] and finished(records[:-1], job.settings()["training"]):
+                raise UserError(
+                    f"{job.folder}: ran for {len(records)} epochs, longer than --epochs and --patience allow now; "
+                    "give those that it ran with, or choose another --out"
+                )
     return jobs
 
 
@@ -104,43 +112,48 @@ def execute(job, on_epoch=None, stop=None):
     """
     log, settings = job.dataset.log, job.settings()
     _, complete = train(log, settings, job.folder, resume=True, on_epoch=on_epoch, stop=stop)
-    if complete:
-        analyse(log, settings, job.folder)
-    return complete
+    return complete and analyse(log, settings, job.folder, stop)
 
 
-def analyse(log, settings, folder):
-    """Write ranks.npz and analysis.json of a finished run.
+def analyse(log, settings, folder, stop=None):
+    """Write ranks.npz and analysis.json of a finished run; return False where stop() ended it before.
 
     ranks.npz: the ranks [M] of the test targets, by the run as it is ("test"), with the order of each history
     shuffled ("shuffled") and, for softmax, with uniform weights put in ("uniform", and "uniform.I" in block I).
     """
     config, xp = runs.model_config(settings), backend.load(settings["training"]["backend"])
     test = runs.split_log(log, settings).test
+    shuffled = shuffle_histories(log.sequence, test, config.max_length, settings["training"]["seed"])
+    wanted = {"test": (config, log.sequence), "shuffled": (config, shuffled)}
+    if config.attn == "softmax":
+        for name, blocks in substitutions(config.n_blocks).items():
+            attn = tuple("uniform" if i in blocks else "softmax" for i in range(config.n_blocks))
+            wanted[name] = replace(config, attn=attn), log.sequence
     with worker_map(1, xp) as run:
         parameters = runs.load_parameters(folder, config, xp)
-
-        def rank(config, sequence):
-            return np.concatenate(list(rank_targets(parameters, config, sequence, test, run=run)))
-
-        began = time.perf_counter()
-        ranks = {"test": rank(config, log.sequence)}
-        milliseconds = 1e3 * (time.perf_counter() - began) / len(test.users)
-        shuffled = shuffle_histories(log.sequence, test, config.max_length, settings["training"]["seed"])
-        ranks["shuffled"] = rank(config, shuffled)
-        analysis = {"milliseconds_per_user": milliseconds}
+        ranks = {}
+        for name, (put_in, sequence) in wanted.items():
+            if stop and stop():
+                return False
+            ranks[name] = np.concatenate(list(rank_targets(parameters, put_in, sequence, test, run=run)))
+        few, seconds = Cases(*(column[:TIMED] for column in test)), []
+        for _ in range(3):
+            began = time.perf_counter()
+            list(rank_targets(parameters, config, log.sequence, few, run=run))
+            seconds.append(time.perf_counter() - began)
+        analysis = {"milliseconds_per_user": 1e3 * min(seconds) / len(few.users)}
         if config.attn == "softmax":
-            every = ("softmax",) * config.n_blocks
-            ranks["uniform"] = rank(replace(config, attn="uniform"), log.sequence)
-            for i in range(config.n_blocks):
-                ranks[f"uniform.{i}"] = rank(
-                    replace(config, attn=(*every[:i], "uniform", *every[i + 1 :])), log.sequence
-                )
             histories = [log.sequence[a:b] for a, b in zip(test.starts, test.stops)]
             analysis |= describe_mixing(decompose(parameters, config, histories, run))
     runs.write_arrays(folder / "ranks.npz", ranks)
     records = runs.read_json_lines(folder / "metrics.jsonl")
     runs.write_json(folder / "analysis.json", analysis | {"epochs": len(records), "best_epoch": best(records)["epoch"]})
+    return True
+
+
+def substitutions(n_blocks):
+    """Return {name in ranks.npz: blocks whose softmax weights are replaced by uniform ones}."""
+    return {"uniform": range(n_blocks)} | {f"uniform.{i}": [i] for i in range(n_blocks)}
 
 
 def describe_mixing(result):
@@ -168,14 +181,31 @@ def shuffle_histories(sequence, cases, max_length, seed):
 
 
 def load_analysis(job):
-    """Return analysis.json and {name: ranks [M]} of a run, or None where it is not finished and analysed."""
-    if not all((job.folder / name).exists() for name in ("analysis.json", "ranks.npz", "metrics.jsonl")):
+    """Return analysis.json and {name: ranks [M]} of a run, or None where it is not finished and analysed.
+
+    An analysis that is damaged, or of another run, counts as none: it can be made again.
+    """
+    records = load_records(job)
+    if not records or not finished(records, job.settings()["training"]):
         return None
-    records = runs.read_json_lines(job.folder / "metrics.jsonl")
-    analysis = runs.read_json(job.folder / "analysis.json")
-    if not finished(records, job.settings()["training"]) or analysis.get("epochs") != len(records):
+    try:
+        analysis = runs.read_json(job.folder / "analysis.json")
+        ranks = runs.read_arrays(job.folder / "ranks.npz")
+    except UserError:
         return None
-    return analysis, runs.read_arrays(job.folder / "ranks.npz")
+    softmax, n_blocks = job.attn == "softmax", job.dataset.settings["model"]["n_blocks"]
+    expected = {"test", "shuffled", *(substitutions(n_blocks) if softmax else ())}
+    n_users = len(runs.split_log(job.dataset.log, job.dataset.settings).test.users)
+    fits = set(ranks) == expected and all(r.shape == (n_users,) and r.dtype.kind == "i" for r in ranks.values())
+    fits = fits and isinstance(analysis, dict) and analysis.get("epochs") == len(records)
+    needed = {"milliseconds_per_user", *(("mixing", "pictures") if softmax else ())}
+    return (analysis, ranks) if fits and needed <= set(analysis) else None
+
+
+def load_records(job):
+    """Return the lines of a run's metrics.jsonl, [] where there is none."""
+    path = job.folder / "metrics.jsonl"
+    return runs.load_records(job.folder, len(runs.read_json_lines(path))) if path.exists() else []
 
 
 # All runs
@@ -198,12 +228,12 @@ def run_grid_over_ranks(jobs, report):
     return True
 
 
-def run_grid(jobs, n_processes, report):
+def run_grid(jobs, n_processes, report, lock=None):
     """Execute jobs, n_processes at a time, each in a process with one worker.
 
     Calls report(job, "epoch", record), report(job, "done", None) and report(job, "failed", message); a job that
     fails does not stop the others. Interrupted, the processes end, to go on another time. n_processes 0: one job
-    after the other in this process, as on a GPU, where one is enough to feed the device.
+    after the other in this process, as on a GPU, where one is enough to feed the device. lock: as from runs.locked.
     """
     if n_processes == 0:
         for job in jobs:
@@ -215,7 +245,7 @@ def run_grid(jobs, n_processes, report):
             while waiting and len(running) < n_processes:
                 job = waiting.popleft()
                 ours, theirs = PROCESSES.Pipe(duplex=False)
-                process = PROCESSES.Process(target=_run_job, args=(theirs, job, os.getpid()))
+                process = PROCESSES.Process(target=_run_job, args=(theirs, job, os.getpid(), lock))
                 process.start()
                 theirs.close()
                 running[ours] = job, process
@@ -237,8 +267,10 @@ def run_grid(jobs, n_processes, report):
             connection.close()
 
 
-def _run_job(connection, job, parent):
-    """The process of one job: send what happens to the parent; end when that is gone."""
+def _run_job(connection, job, parent, lock):
+    """The process of one job: send what happens to the parent; end when that is gone, and hold no lock of its."""
+    if lock is not None and PROCESSES.get_start_method() == "fork":
+        os.close(lock)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent to handle
     np.seterr(all="ignore")  # a loss that is not finite is found, and named, at the end of an epoch
     connection.send(
@@ -308,6 +340,7 @@ def describe_dataset(job, arms, seeds, baselines):
         "dropout": model["dropout"],
         "seeds": seeds,
         "epochs": {attn: [analysis["epochs"] for analysis, _ in found] for attn, found in arms.items()},
+        "epochs_at_most": job.dataset.settings["training"]["epochs"],
         "metrics": {
             attn: {name: {"mean": float(v.mean()), "std": spread(v)} for name, v in named.items()}
             for attn, named in values.items()
@@ -326,7 +359,9 @@ def describe_dataset(job, arms, seeds, baselines):
     softmax = arms["softmax"]
     result["substitution"] = {
         title: mean_metrics([ranks[key] for _, ranks in softmax])
-        for title, key in [("all", "uniform")] + [(f"block {i}", f"uniform.{i}") for i in range(model["n_blocks"])]
+        for title, key in zip(
+            ["all", *(f"block {i}" for i in range(model["n_blocks"]))], substitutions(model["n_blocks"])
+        )
     }
     result["shuffled"] = {attn: mean_metrics([ranks["shuffled"] for _, ranks in found]) for attn, found in arms.items()}
     result["baselines"] = {name: mean_metrics([ranks]) for name, ranks in baselines.items()}
@@ -363,10 +398,14 @@ def conclude(result, ratios):
     # With one seed there is no effect size; the point estimate then has the sign of the difference.
     name = regime(float(np.mean(ratios)), judged["difference"] if g is None else g)
     judgements = {
-        what: judge(result[what][JUDGED_BY], result["metrics"][a][JUDGED_BY]["mean"])
-        for what, (a, _) in COMPARED.items()
+        what: judge(result[what][JUDGED_BY], result["metrics"][b][JUDGED_BY]["mean"])
+        for what, (_, b) in COMPARED.items()
         if what in result
     }
+    n_users = result["test_users"] - result["unreachable"]
+    model = result["metrics"]["softmax"][JUDGED_BY]["mean"]
+    baselines = [values[JUDGED_BY] for values in result["baselines"].values()]
+    found = doubts(name, judgements["weighting"], ratios, n_users, model, baselines)
     return {
         "mixing_ratio": float(np.mean(ratios)),
         "mixing_ratio_std": spread(np.array(ratios)),
@@ -374,36 +413,44 @@ def conclude(result, ratios):
         "mean_g": g,
         "judgements": judgements,
         "regime": name,
-        "confident": confident(name, judgements["weighting"], ratios, effect.values()),
+        "confident": not found,
+        "doubts": found,
     }
+
+
+WORDS = {  # for what statistics.judge says of weighting, and of integration
+    "weighting": {
+        "equal": "a causal average does as well as learned attention",
+        "better": "learned attention beats a causal average",
+        "worse": "a causal average beats learned attention",
+        "no better": "learned attention does no better than a causal average",
+        "unclear": "these runs cannot tell learned attention from a causal average",
+    },
+    "integration": {
+        "equal": "; the last item alone does as well as an average of the past",
+        "better": "; the past adds to the last item",
+        "worse": "; an average of the past harms",
+        "no better": "; an average of the past does no better than the last item alone",
+        "unclear": "",
+    },
+}
 
 
 def verdict(name, result):
     """Return one sentence, in plain words and no stronger than the seeds allow, on a dataset's results."""
     test, n = result["weighting"][JUDGED_BY], len(result["seeds"])
-    what = {
-        "equal": "a causal average does as well as learned attention",
-        "better": "learned attention beats a causal average",
-        "worse": "a causal average beats learned attention",
-        "no better": "learned attention does no better than a causal average",
-        "unclear": "these seeds cannot tell learned attention from a causal average",
-    }[result["judgements"]["weighting"]]
-    if n < 2:
-        what = "one seed cannot say whether learned attention is needed"
-    numbers = "" if test["relative"] is None else f"{test['relative']:+.0%} of {JUDGED_BY}, "
-    numbers += "" if result["mean_g"] is None else f"g = {result['mean_g']:+.1f}, "
-    numbers += "" if test["p"] is None else f"p = {test['p']:.2g}, "
-    past = {
-        "better": "; the past adds to the last item",
-        "equal": "; the last item alone does as well as an average of the past",
-        "no better": "; an average of the past does no better than the last item alone",
-        "worse": "; an average of the past harms",
-    }.get(result["judgements"].get("integration"), "")
-    kept = f"blocks keep {1 - result['mixing_ratio']:.0%} of each position"
-    certainty = "" if result["confident"] else ", not confident"
+    what = "one seed cannot say whether learned attention is needed"
+    if n > 1:
+        what = WORDS["weighting"][result["judgements"]["weighting"]]
+    numbers = [] if test["relative"] is None else [f"{JUDGED_BY} {test['relative']:+.0%}"]
+    numbers += [] if test["p"] is None else [f"p = {test['p']:.2g}"]
+    numbers += [] if result["mean_g"] is None else [f"mean g = {result['mean_g']:+.1f}"]
+    numbers = ", ".join([*numbers, f"{n} seed{'s' * (n > 1)}"])
+    past = WORDS["integration"][result["judgements"].get("integration", "unclear")]
+    doubt = f", not confident ({'; '.join(result['doubts'])})" if result["doubts"] else ""
     return (
-        f"{name}: {what} ({numbers}{n} seed{'s' * (n > 1)}){past}; {kept}: "
-        f"regime {result['regime'].replace('_', ' ')}{certainty}."
+        f"{name}: {what} ({numbers}){past}; blocks keep {1 - result['mixing_ratio']:.0%} of each position: "
+        f"regime {result['regime'].replace('_', ' ')}{doubt}."
     )
 
 
@@ -424,8 +471,7 @@ def times(jobs):
     for job in jobs:
         if loaded := load_analysis(job):
             own = found.setdefault(job.dataset.name, {}).setdefault(job.attn, {"train_seconds": [], "milliseconds": []})
-            records = runs.read_json_lines(job.folder / "metrics.jsonl")
-            own["train_seconds"].append(sum(record["train_seconds"] for record in records))
+            own["train_seconds"].append(sum(record["train_seconds"] for record in load_records(job)))
             own["milliseconds"].append(loaded[0]["milliseconds_per_user"])
     return found
 
@@ -447,6 +493,6 @@ def learning_curves(jobs):
     curves = {}
     for job in jobs:
         if load_analysis(job):
-            records = runs.read_json_lines(job.folder / "metrics.jsonl")
-            curves.setdefault(job.dataset.name, {}).setdefault(job.attn, []).append([r[JUDGED_BY] for r in records])
+            values = [record[JUDGED_BY] for record in load_records(job)]
+            curves.setdefault(job.dataset.name, {}).setdefault(job.attn, []).append(values)
     return curves

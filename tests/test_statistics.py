@@ -70,19 +70,30 @@ def test_a_judgement_needs_both_intervals(seeds, users, expected):
     assert statistics.judge({"interval_seeds": seeds, "interval_users": users}, 0.1) == expected
 
 
-def test_regimes_and_their_confidence():
+def test_a_judgement_of_nothing_is_unclear():
+    assert statistics.judge({"interval_seeds": [0, 0], "interval_users": [0, 0]}, 0) == "unclear"
+
+
+def doubts(name, judgement, ratios, n_users=100, model=0.2, baselines=(0.1, 0.05)):
+    return statistics.doubts(name, judgement, ratios, n_users, model, baselines)
+
+
+def test_regimes_and_their_doubts():
     assert statistics.regime(0.1, 3) == "preserving"
     assert statistics.regime(0.3, 0.1) == "mixing_with_reliance"
     assert statistics.regime(0.3, 0) == "mixing_without_reliance"
     low, high = [0.10, 0.11, 0.10], [0.40, 0.41, 0.42]
-    assert statistics.confident("preserving", "equal", low, [0.1])
-    assert not statistics.confident("preserving", "better", low, [3.0])  # it does not mix, and yet weighting matters
-    assert not statistics.confident("preserving", "worse", low, [-3.0])
-    assert not statistics.confident("preserving", "equal", low[:2], [0.1])  # too few seeds
-    assert not statistics.confident("preserving", "equal", [0.1, 0.3, 0.15], [0.1])  # on either side of the threshold
-    assert statistics.confident("mixing_with_reliance", "better", high, [3.0])
-    assert not statistics.confident("mixing_with_reliance", "unclear", high, [3.0])
-    assert statistics.confident("mixing_without_reliance", "worse", high, [-3.0])
+    assert not doubts("preserving", "equal", low)
+    assert doubts("preserving", "better", low)  # it does not mix, and yet weighting matters
+    assert doubts("preserving", "worse", low)
+    assert doubts("preserving", "equal", low[:2])  # too few seeds
+    assert doubts("preserving", "equal", [0.1, 0.3, 0.15])  # on either side of the threshold
+    assert not doubts("mixing_with_reliance", "better", high)
+    assert doubts("mixing_with_reliance", "unclear", high)
+    assert not doubts("mixing_without_reliance", "worse", high)
+    assert doubts("preserving", "equal", low, n_users=5) == ["fewer than 30 users to test on"]
+    assert doubts("preserving", "equal", low, baselines=(0.3, 0.1)) == ["counting does better than the model"]
+    assert doubts("preserving", "unclear", low[:1])[0] == "fewer than 3 seeds"
 
 
 def test_the_threshold_lies_in_a_gap_of_the_published_points():

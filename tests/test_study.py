@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -118,6 +119,8 @@ def test_a_run_that_fails_is_named_and_does_not_stop_the_others(log_path, tmp_pa
 
 
 def test_wrong_input_is_refused_in_one_line(log_path, tmp_path):
+    short = log_path.parent / "short.txt"
+    short.write_text("a x y z\nb z y x\n")
     for arguments, status, words in (
         (("--attn", "uniform"), 2, "--attn must name both"),
         (("--data", log_path, "--data", log_path), 2, "two logs are called small"),
@@ -125,6 +128,7 @@ def test_wrong_input_is_refused_in_one_line(log_path, tmp_path):
         (("--data", log_path, "--k-core", 99), 1, "--k-core 99 leaves no interaction"),
         (("--data", "missing.csv"), 1, "missing.csv: cannot be read"),
         (("--seeds", 0), 2, "--seeds"),
+        (("--data", short), 1, "short.txt: too small for a leave-one-out split"),
     ):
         process = run_cli("study", *arguments, cwd=tmp_path)
         assert process.returncode == status and words in process.stderr, process.stderr
@@ -189,36 +193,71 @@ def test_baselines_equal_counting_by_hand(rng):
 def test_a_verdict_is_no_stronger_than_its_seeds():
     test = {"hedges_g": 0.1, "relative": -0.01, "p": 0.6}
     result = {"weighting": {"NDCG@10": test}, "seeds": [0, 1, 2, 3, 4], "mean_g": 0.1, "mixing_ratio": 0.12}
-    result |= {"regime": "preserving", "confident": True, "judgements": {"weighting": "equal"}}
+    result |= {"regime": "preserving", "doubts": [], "judgements": {"weighting": "equal"}}
     assert study.verdict("beauty", result) == (
-        "beauty: a causal average does as well as learned attention (-1% of NDCG@10, g = +0.1, p = 0.6, 5 seeds); "
+        "beauty: a causal average does as well as learned attention (NDCG@10 -1%, p = 0.6, mean g = +0.1, 5 seeds); "
         "blocks keep 88% of each position: regime preserving."
     )
-    doubt = result | {"confident": False, "judgements": {"weighting": "unclear"}}
-    assert "these seeds cannot tell" in study.verdict("beauty", doubt)
-    assert study.verdict("beauty", doubt).endswith("regime preserving, not confident.")
+    doubt = result | {"doubts": ["too few"], "judgements": {"weighting": "unclear"}}
+    assert "cannot tell learned attention" in study.verdict("beauty", doubt)
+    assert study.verdict("beauty", doubt).endswith("regime preserving, not confident (too few).")
     alone = doubt | {"seeds": [0], "mean_g": None, "weighting": {"NDCG@10": test | {"p": None}}}
-    assert "one seed cannot say" in study.verdict("beauty", alone) and "(-1% of NDCG@10, 1 seed)" in study.verdict(
+    assert "one seed cannot say" in study.verdict("beauty", alone) and "(NDCG@10 -1%, 1 seed)" in study.verdict(
         "beauty", alone
     )
 
 
-def test_a_run_of_another_length_is_analysed_anew(finished, log_path):
-    folder, _ = finished
-    analysis = runs.read_json(folder / "small/softmax-0/analysis.json")
+def job_of(folder, epochs=2):
+    """A finished run of the small study, as a Job of a study with so many epochs at most."""
     settings = runs.load_settings(folder / "small/softmax-0")
     log = runs.load_log(settings["data"])
-    dataset = study.Dataset("small", log, settings)
-    job = study.Job(dataset, "softmax", 0, folder / "small/softmax-0")
-    assert study.load_analysis(job)[0] == analysis
-    longer = dataset._replace(settings=settings | {"training": settings["training"] | {"epochs": 3}})
-    assert study.load_analysis(job._replace(dataset=longer)) is None
+    settings["training"]["epochs"] = epochs
+    return study.Job(study.Dataset("small", log, settings), "softmax", 0, folder / "small/softmax-0")
 
 
-def test_an_unreadable_analysis_is_named(finished, log_path, tmp_path):
-    with pytest.raises(UserError, match="analysis.json: not valid JSON"):
-        (tmp_path / "analysis.json").write_text("{")
-        runs.read_json(tmp_path / "analysis.json")
+def test_a_run_counts_for_the_epochs_that_it_was_to_have(finished):
+    folder, _ = finished
+    assert study.load_analysis(job_of(folder)) is not None
+    assert study.load_analysis(job_of(folder, epochs=3)) is None  # it goes on
+    with pytest.raises(UserError, match="ran for 2 epochs, longer than --epochs"):
+        study.grid([job_of(folder, epochs=1).dataset], ["softmax"], 1, folder)
+
+
+@pytest.mark.parametrize(
+    "name, content",
+    [
+        ("analysis.json", b"{"),
+        ("analysis.json", b"[]"),
+        ("analysis.json", b'{"epochs": 2}'),
+        ("ranks.npz", b"x"),
+        ("ranks.npz", None),
+    ],
+)
+def test_a_damaged_analysis_is_made_again(finished, tmp_path, name, content):
+    folder, printed = finished
+    shutil.copytree(folder, tmp_path / "out")
+    damaged = tmp_path / "out/small/softmax-0" / name
+    if content is None:
+        shutil.copy(tmp_path / "out/small/uniform-0" / name, damaged)
+    else:
+        damaged.write_bytes(content)
+    job = job_of(tmp_path / "out")
+    assert study.load_analysis(job) is None
+    study.execute(job)
+    results, _ = study.collect([job, job._replace(attn="uniform", folder=tmp_path / "out/small/uniform-0")])
+    assert results["small"]["metrics"]["softmax"]["HR@10"]["mean"] <= 1
+    assert (
+        study.load_analysis(job)[0]["mixing"]["all"]
+        == runs.read_json(folder / "small/softmax-0/analysis.json")["mixing"]["all"]
+    )
+
+
+def test_a_log_without_a_reachable_target_gives_no_verdict(tmp_path):
+    (tmp_path / "one.txt").write_text("".join(f"u{u} a a a a\n" for u in range(20)))
+    process = run_cli("study", "--data", "one.txt", "--epochs", 2, "--max-length", 1, cwd=tmp_path)
+    assert process.returncode == 0, process.stderr
+    assert "cannot tell" in process.stdout and "not confident (fewer than 30 users to test on" in process.stdout
+    assert (tmp_path / "runs/study-one/study.json").exists()
 
 
 def test_the_planted_datasets_lie_in_their_regimes(tmp_path):
