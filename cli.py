@@ -467,14 +467,14 @@ def study(data, attn, seeds, workers, out, as_json, **options):
         results, rows = studying.collect(jobs)
         if not results:
             raise UserError(f"no dataset has a finished run of each weighting: {failures[0]}")
-        studying.write_results(out, results, rows)
+        everything = studying.write_results(out, results, rows)
         runs.write_json(out / "times.json", times := studying.times(jobs))
-        _show_study(results, times, jobs, out, as_json)
+        _show_study(results, everything, times, jobs, out, as_json)
     if failures:
         raise UserError(f"{len(failures)} of {len(jobs)} runs failed; the same command tries them again")
 
 
-def _show_study(results, times, jobs, out, as_json):
+def _show_study(results, everything, times, jobs, out, as_json):
     """Print the results of a study, then draw them."""
     if as_json:
         say_json({"datasets": results})
@@ -486,7 +486,9 @@ def _show_study(results, times, jobs, out, as_json):
     try:
         from minirec import figures
 
-        written += [path.name for path in figures.study_pictures(results, studying.learning_curves(jobs), out)]
+        written += [
+            path.name for path in figures.study_pictures(results, everything, studying.learning_curves(jobs), out)
+        ]
     except ImportError:
         say("no figures: they need matplotlib; pip install 'minirec[study]'")
     say(f"wrote {out}: {', '.join(written)}")

@@ -66,13 +66,14 @@ def draw_heatmaps(blocks, path, title=None):
     save(figure, path)
 
 
-def study_pictures(results, curves, folder):
+def study_pictures(results, everything, curves, folder):
     """Draw all pictures of a study into a folder; return their paths.
 
-    results: {dataset: as from study.describe_dataset}; curves: as from study.learning_curves.
+    results: {dataset: as from study.describe_dataset}; everything: the same, with the datasets that were studied
+    in this folder before; curves: as from study.learning_curves.
     """
     paths = [folder / "rq3.png"]
-    rq3_plane(results, paths[0])
+    rq3_plane(everything, paths[0])
     for name, result in results.items():
         blocks = [
             {key: np.array(block[key], float) for key in ("attention", "contribution")} for block in result["pictures"]

@@ -477,15 +477,25 @@ def times(jobs):
 
 
 def write_results(out, results, rows):
-    """Write study.json and study.csv. Times are no part of them: the same study gives the same files."""
-    runs.write_json(out / "study.json", {"datasets": results})
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    names = list(rows[0][3]) if rows else []
-    writer.writerow(["dataset", "arm", "seed", *names])
+    """Write study.json and study.csv; what they hold of other datasets, studied in this folder before, stays.
+
+    Times are no part of them: the same study gives the same files. Returns the results of all datasets.
+    """
+    header, before, lines = ["dataset", "arm", "seed", *rows[0][3]], {}, []
+    if (out / "study.json").exists() and (out / "study.csv").exists():
+        found = runs.read_json(out / "study.json")
+        before = found.get("datasets", {}) if isinstance(found, dict) else {}
+        with open(out / "study.csv", encoding="utf-8", newline="") as file:
+            found = list(csv.reader(file))
+        lines = [line for line in found[1:] if line[0] in before and line[0] not in results]
+    everything = {name: result for name, result in before.items() if name not in results} | results
     for dataset, arm, seed, values in rows:
-        writer.writerow([dataset, arm, "" if seed is None else seed, *(f"{values[name]:.6f}" for name in names)])
+        lines.append([dataset, arm, "" if seed is None else seed, *(f"{value:.6f}" for value in values.values())])
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows([header, *lines])
+    runs.write_json(out / "study.json", {"datasets": everything})
     runs.write(out / "study.csv", lambda file: file.write(text.getvalue().encode()))
+    return everything
 
 
 def learning_curves(jobs):

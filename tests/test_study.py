@@ -252,6 +252,19 @@ def test_a_damaged_analysis_is_made_again(finished, tmp_path, name, content):
     )
 
 
+def test_datasets_studied_in_a_folder_before_stay_in_its_results(finished, log_path, tmp_path):
+    folder, printed = finished
+    shutil.copytree(folder, tmp_path / "out")
+    other = tmp_path / "other.txt"
+    other.write_text(log_path.read_text())
+    process = run_cli("study", "--data", other, *QUICK, "--seeds", 1, "--out", "out", "--json", cwd=tmp_path)
+    assert list(last_json(process)["datasets"]) == ["other"]
+    kept = json.loads((tmp_path / "out/study.json").read_text())["datasets"]
+    assert list(kept) == ["small", "other"] and kept["small"] == printed["datasets"]["small"]
+    lines = (tmp_path / "out/study.csv").read_text().splitlines()
+    assert lines[: -(3 * 2 + 3 + 2)] == (folder / "study.csv").read_text().splitlines()
+
+
 def test_a_log_without_a_reachable_target_gives_no_verdict(tmp_path):
     (tmp_path / "one.txt").write_text("".join(f"u{u} a a a a\n" for u in range(20)))
     process = run_cli("study", "--data", "one.txt", "--epochs", 2, "--max-length", 1, cwd=tmp_path)
