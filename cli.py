@@ -492,6 +492,8 @@ def _show_study(results, everything, times, jobs, out, as_json):
     except ImportError:
         say("no figures: they need matplotlib; pip install 'minirec[study]'")
     say(f"wrote {out}: {', '.join(written)}")
+    if any(result["mean_g"] is None for result in results.values()):
+        say("without an effect size, which needs seeds that differ, a log has no point in rq3.png")
 
 
 def _study_dataset(path, options):

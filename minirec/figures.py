@@ -106,29 +106,27 @@ def rq3_plane(results, path):
         (MIXES_ABOVE + 0.005, low, "mixing without reliance"),
     ):
         axis.text(x, y / 1.05, text, fontsize=8, style="italic", va="top" if y > 0 else "bottom")
-    for group, marker, face, label in (
-        (points, "o", "white", "published (Kozaki et al. 2026)"),
-        (own, "D", "black", "this study"),
+    for group, marker, face, weight, label in (
+        (points, "o", "white", "normal", "published (Kozaki et al. 2026)"),
+        (own, "D", "black", "bold", "this study"),
     ):
         if group:
-            axis.scatter(
-                *zip(*group.values()), marker=marker, facecolor=face, edgecolor="black", s=26, label=label, zorder=3
-            )
-        for name, (x, y) in group.items():
-            axis.annotate(
-                name,
-                (x, y),
-                xytext=(4, 3),
-                textcoords="offset points",
-                fontsize=7,
-                weight="bold" if group is own else None,
-            )
+            style = {"marker": marker, "facecolor": face, "edgecolor": "black", "s": 26, "zorder": 3}
+            axis.scatter(*zip(*group.values()), label=label, **style)
+        for name, point in group.items():
+            side = -1 if group is own and point[0] > right / 4 else 1  # away from the published ones' names
+            place = {
+                "xytext": (4 * side, 3 * side),
+                "textcoords": "offset points",
+                "ha": "right" if side < 0 else "left",
+            }
+            axis.annotate(name, point, fontsize=7, weight=weight, **place)
     axis.set_yscale("symlog", linthresh=1)
     axis.set(
         xlim=(left, right),
         ylim=(low, high),
         xlabel="mixing ratio (mean AttnResLN, softmax models)",
-        ylabel="mean Hedges' g, softmax over uniform (logarithmic beyond ±1)",
+        ylabel="mean Hedges' g, softmax over uniform\n(logarithmic beyond ±1)",
     )
     axis.set_yticks([y for y in (-10, -3, -1, 0, 1, 3, 10, 30, 100) if low <= y <= high])
     axis.set_yticks([], minor=True)
