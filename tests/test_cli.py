@@ -1,6 +1,7 @@
 """The command line as a person or a script meets it: outputs, contracts, and one line for every mistake."""
 
 import csv
+import importlib
 import json
 import os
 import shutil
@@ -11,6 +12,7 @@ import time
 
 import numpy as np
 import pytest
+from click.testing import CliRunner
 from conftest import ROOT, last_json, run_cli
 
 from minirec import runs
@@ -267,3 +269,14 @@ def test_damaged_run_files_are_named(trained, tmp_path, name, damage):
     path.write_text(damaged)
     process = run_cli("evaluate", "run", cwd=tmp_path)
     assert process.returncode == 1 and name in process.stderr and "Traceback" not in process.stderr
+
+
+def test_out_of_memory_names_a_batch_size_to_try(tmp_path, monkeypatch):
+    def fail(*_):
+        raise MemoryError
+
+    monkeypatch.syspath_prepend(ROOT)
+    cli = importlib.import_module("cli")
+    monkeypatch.setattr(cli, "train_model", fail)
+    result = CliRunner().invoke(cli.main, ["train", "--batch-size", "96", "--out", str(tmp_path / "run")])
+    assert result.exit_code == 1 and "start a new run with --batch-size 48" in result.output
