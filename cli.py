@@ -1,3 +1,4 @@
+#!/usr/bin/env python3
 """The command line of minirec: options and printing, no maths. `python cli.py --help` shows the way."""
 
 import csv
@@ -47,6 +48,10 @@ EPOCHS, EPOCHS_EMBEDDED = 200, 100  # of a study: the embedded datasets must sho
 SIZE = click.IntRange(1, 1 << 24)
 LONGEST_NAME = 60  # characters of a folder that is named after a log
 INTERRUPTED = 130  # the shell's exit status after Ctrl-C
+THE_WAY = """\
+python cli.py study                      is learned attention needed? three embedded datasets, some minutes
+python cli.py study --data ratings.csv   the same question, asked of your own log
+python cli.py --help                     all commands; each has a --help of its own"""
 
 
 class Number(click.FloatRange):
@@ -61,6 +66,9 @@ class Number(click.FloatRange):
 
 class Commands(click.Group):
     """A group whose commands end in one line for whatever a person can mend, never in a traceback."""
+
+    def list_commands(self, ctx):
+        return list(self.commands)  # in the order in which a newcomer meets them, not by letter
 
     def invoke(self, ctx):
         try:
@@ -156,19 +164,27 @@ class Run:
         return runs.load_items(self.folder, self.config)
 
 
-@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.group(
+    cls=Commands,
+    invoke_without_command=True,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+)
 @click.version_option(minirec.__version__, prog_name="minirec")
-def main():
+@click.pass_context
+def main(ctx):
     """SASRec in plain NumPy/CuPy: is learned attention weighting needed, on your data?
 
     \b
-    python cli.py train                     train on the embedded dataset
+    python cli.py study                     the answer for the embedded datasets, with figures
+    python cli.py train                     one model, on an embedded dataset
     python cli.py evaluate --attn uniform   the same model with its attention replaced by an average
     python cli.py decompose                 how much does it mix positions?
     """
+    if ctx.invoked_subcommand is None:
+        click.echo(THE_WAY)
     warnings.simplefilter("ignore", RuntimeWarning)  # overflow and NaN are caught, and named, where they matter
-    if launched_rank() and click.get_current_context().invoked_subcommand not in ("train", "study"):
-        click.get_current_context().exit()  # the first rank is enough for it
+    if launched_rank() and ctx.invoked_subcommand not in ("train", "study"):
+        ctx.exit()  # the first rank is enough for it
 
 
 def log_options(command):
@@ -247,7 +263,7 @@ def versions():
 @json_option
 @click.pass_context
 def train(ctx, out, resume, as_json, mpi_buffers, **options):
-    """Train a model; the epoch that is best on validation is kept.
+    """Train one model, and keep the epoch that is best on validation.
 
     \b
     python cli.py train --data ratings.csv --attn uniform
@@ -428,10 +444,11 @@ def metrics_table(values, title):
 @click.option("--out", type=click.Path(path_type=Path), help="[default: runs/study, or runs/study-LOG].")
 @json_option
 def study(data, attn, seeds, workers, out, as_json, **options):
-    """Is learned attention needed on this data? A grid of runs, statistics, figures and a verdict.
+    """Is learned attention needed on this data? The verdict.
 
-    Trains softmax, uniform and identity attention with the same seeds, measures how much the trained models
-    mix positions, and names each log's regime. Started again, it goes on where it was stopped.
+    A grid of runs: trains softmax, uniform and identity attention with the same seeds, measures how much the
+    trained models mix positions, and names each log's regime, with statistics and figures. Started again, it
+    goes on where it was stopped.
 
     \b
     python cli.py study
@@ -629,7 +646,9 @@ def effect_lines(title, comparisons):
 @workers_option
 @json_option
 def evaluate(run, data, split, filter_seen, attn, attn_blocks, backend, workers, as_json):
-    """Rank every item for every user: HR, NDCG and MRR, unsampled.
+    """How well does a model rank? HR, NDCG and MRR over all items.
+
+    --attn replaces the attention weights of the trained model: does it need those that it learned?
 
     \b
     python cli.py evaluate runs/household-softmax-1 --attn uniform --attn-blocks 1
@@ -669,11 +688,14 @@ def _substitute(config, attn, attn_blocks):
 @workers_option
 @json_option
 def decompose(run, data, out, backend, workers, as_json):
-    """How much does each attention block mix positions, and how much does it preserve its own?
+    """How much do the attention blocks mix positions?
 
     The ratio is |mixed| / (|mixed| + |kept|) over the test users' histories: 0 keeps each position as
     it is, 1 replaces it by the others. Shown for the attention output alone (Attn), with the residual
     (AttnRes) and after the layer norm (AttnResLN, the paper's figure).
+
+    \b
+    python cli.py decompose --out decomposition     with arrays and heatmaps
     """
     run = Run(run, "decompose", backend, data)
     log = run.log()
@@ -728,7 +750,7 @@ def _write_decomposition(folder, result, users):
 @backend_option
 @workers_option
 def recommend(run, data, user, history, everyone, top, explain, out, backend, workers):
-    """Name the items that a user has not had and that the model ranks highest.
+    """Which unseen items does a model rank highest, and why?
 
     \b
     python cli.py recommend --history "item 3,item 17" --explain
@@ -818,10 +840,13 @@ def _recommend_all(run, items, top, out, workers):
 @click.option("--attn", type=click.Choice(WEIGHTINGS), help="One weighting [default: all three].")
 @backend_option
 def gradcheck(attn, backend):
-    """Compare every hand-derived gradient with central differences, in float64.
+    """Are the hand-derived gradients right? Central differences tell.
 
     Each cell is max |difference| / max |gradient| of one parameter tensor. A gradient that is zero
     by construction is checked absolutely, and marked 0+.
+
+    \b
+    python cli.py gradcheck --attn softmax
     """
     weightings = (attn,) if attn else WEIGHTINGS
     xp = load_backend(backend)

@@ -28,6 +28,29 @@ def log_file(folder, text="u1 a b c d\nu2 b c d a\nu3 c d a b\nu4 x y\n"):
     return path
 
 
+def test_without_a_command_the_way_is_shown_in_three_lines(tmp_path):
+    process = run_cli(cwd=tmp_path)
+    assert process.returncode == 0 and process.stderr == ""
+    lines = process.stdout.splitlines()
+    assert len(lines) == 3 and all(line.startswith("python cli.py ") for line in lines)
+
+
+def test_every_command_says_what_it_is_for_in_a_line_and_gives_an_example(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT)
+    main = importlib.import_module("cli").main
+    overview = CliRunner().invoke(main, ["--help"]).output
+    assert "..." not in overview.split("Commands:")[1], "a first sentence is cut off"
+    for name in main.commands:
+        assert f"python cli.py {name}" in CliRunner().invoke(main, [name, "--help"]).output
+    near = CliRunner().invoke(main, ["trian"])
+    assert near.exit_code == 2 and "Did you mean 'train'?" in near.output
+
+
+def test_the_shell_completes_commands_and_options(tmp_path):
+    environment = {"_CLI_PY_COMPLETE": "bash_complete", "COMP_WORDS": "./cli.py train --ep", "COMP_CWORD": "2"}
+    assert run_cli(cwd=tmp_path, environment=environment).stdout == "plain,--epochs\n"
+
+
 def test_train_json_holds_the_test_metrics_and_nothing_else_is_on_stdout(tmp_path):
     process = run_cli("train", "--data", log_file(tmp_path), "--epochs", 2, "--json", cwd=tmp_path)
     result = last_json(process)
