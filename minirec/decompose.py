@@ -112,11 +112,7 @@ def contribution_norms(cache, p, own, group, place, recent=None):
     n_heads, length = v.shape[1], group.length
     n = min(recent or length, length)
     a = xp.broadcast_to(a, v.shape[:3] + (length,))[:, :, length - n :, length - n :]  # [g, H, n, n]
-    w_o = p["attention.w_o"].reshape(n_heads, -1, p["attention.w_o"].shape[1])  # [H, K, D]
-    # gamma (z - mean z) is linear: done to W_o, it is done to every f_h(x_j).
-    w_t = through_layer_norm(w_o, cache["attention_norm"])
-    t = v[:, :, length - n :].swapaxes(0, 1).reshape(n_heads, group.count * n, -1) @ w_t
-    r = triangle(t.reshape(n_heads, group.count, n, -1))
+    r = triangle(key_vectors(cache, p, group, place, n))
     result = 0
     for i in range(n_heads):
         row = a[:, i] * r[i, i][:, None, :]  # of R A, [g, n, n]
@@ -129,6 +125,29 @@ def contribution_norms(cache, p, own, group, place, recent=None):
     each = xp.arange(n)
     result[:, each, each] = to_heads(own[:, None], group, 1)[:, 0, length - n :, 0]
     return result
+
+
+def key_vectors(cache, p, group, place, n):
+    """Return t_h = gamma (f_h(x_j) - mean) of the last n keys j, [H, g, n, D] (see contribution_norms)."""
+    _, _, v, _, _, _ = cache["attention"][place]
+    n_heads = v.shape[1]
+    w_o = p["attention.w_o"].reshape(n_heads, -1, p["attention.w_o"].shape[1])  # [H, K, D]
+    # gamma (z - mean z) is linear: done to W_o, it is done to every f_h(x_j).
+    w_t = through_layer_norm(w_o, cache["attention_norm"])
+    t = v[:, :, group.length - n :].swapaxes(0, 1).reshape(n_heads, group.count * n, -1) @ w_t
+    return t.reshape(n_heads, group.count, n, -1)
+
+
+def head_norms(cache, p, group, place):
+    """Return |g_i(A_h[i,j] f_h(x_j))| of one block and group, each head alone: [g, H, L, L], query i, key j.
+
+    Arguments as in contribution_norms. The residual x_i belongs to no head and is left out.
+    """
+    xp = get_array_module(cache["x"])
+    a = cache["attention"][place][3]
+    sizes = norms(key_vectors(cache, p, group, place, group.length)).swapaxes(0, 1)[:, :, None]  # [g, H, 1, L]
+    sigma_inverse = 1 / to_heads(cache["attention_norm"][1], group, 1)  # [g, 1, L, 1]
+    return xp.broadcast_to(a, sizes.shape[:2] + a.shape[-2:]) * sizes * sigma_inverse
 
 
 def triangle(t):

@@ -5,7 +5,7 @@ import pytest
 
 from minirec import gradcheck, model
 from minirec.attention import WEIGHTINGS
-from minirec.decompose import RATIOS, RECENT, block_caches, contributions, decompose, summarise
+from minirec.decompose import RATIOS, RECENT, block_caches, contributions, decompose, head_norms, summarise
 from minirec.errors import UserError
 from minirec.ops import LAYER_NORM_EPS
 
@@ -94,6 +94,22 @@ def test_contribution_norms_of_linearly_dependent_heads():
     found = contributions(parameters, config, sequence)
     for norms, ((_, _, parts, _), *_) in zip(found, naive_model(config, parameters, sequence)):
         np.testing.assert_allclose(norms, np.linalg.norm(parts, axis=-1), atol=1e-12)
+
+
+def test_norms_of_a_single_head_equal_the_naive_ones(example):
+    config, parameters, sequences = example
+    for sequence in (s[-config.max_length :] for s in sequences):
+        batch, caches = block_caches(parameters, config, sequence, np.array([0]), np.array([len(sequence)]))
+        for cache, (_, _, a, p) in zip(caches, naive_model(config, parameters, sequence)):
+            found = head_norms(cache, p, batch.groups[0], 0)[0]
+            sigma, gamma = cache["attention_norm"][1][:, :, None], p["attention_norm.gamma"]
+            width = config.hidden_size // config.n_heads
+            for h in range(config.n_heads):
+                own_rows = np.arange(config.hidden_size) // width == h  # of W_o: the other heads then give nothing
+                alone = p | {"attention.w_o": p["attention.w_o"] * own_rows[:, None]}
+                parts = naive_block(cache["x"], a, alone, config.n_heads)[0]  # A_h[i,j] f_h(x_j), [L, L, D]
+                parts = (parts - parts.mean(axis=-1, keepdims=True)) / sigma * gamma
+                np.testing.assert_allclose(found[h], np.linalg.norm(parts, axis=-1), atol=1e-12)
 
 
 def test_heatmaps_are_means_aligned_at_the_latest_position(example):
