@@ -273,7 +273,7 @@ def train(ctx, out, resume, as_json, mpi_buffers, **options):
     ranks = launched_ranks(mpi_buffers)
     if ranks.size > 1 and not (out or resume):
         out = ranks.share(lambda: runs.new_folder(log_name(options["data"]), options["attn"]))
-    folder = out or (runs.newest_folder("resume", "config.json") if resume else None)
+    folder = out or (runs.newest_folder("resume", ("config.json",)) if resume else None)
     given = ctx.get_parameter_source("data") is not ParameterSource.DEFAULT
     before = runs.load_settings(folder) if resume and os.path.exists(folder / "config.json") else None
     if before:

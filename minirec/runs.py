@@ -125,12 +125,19 @@ def new_folder(log_name, attn):
     return path
 
 
-def newest_folder(command, holding="checkpoint.npz"):
-    """Return the run below runs/ that was worked on last and holds a file. Raises UserError where there is none."""
-    folders = [path.parent for path in RUNS.glob(f"*/{holding}")]
+def newest_folder(command, holding=("checkpoint.npz",)):
+    """Return the folder below runs/ that was worked on last, of those that hold one of some files.
+
+    What was made of a run later, such as its report, is no work on it. Raises UserError where there is none.
+    """
+    folders = {path.parent for name in holding for path in RUNS.glob(f"*/{name}")}
     if not folders:
         raise UserError(f"no run in {RUNS}/ to {command}; make one with: python cli.py train")
-    return max(folders, key=lambda folder: max(f.lstat().st_mtime_ns for f in folder.iterdir()))
+
+    def last_written(folder):
+        return max(f.lstat().st_mtime_ns for f in folder.iterdir() if f.name in (*FILES, *holding))
+
+    return max(folders, key=last_written)
 
 
 @contextlib.contextmanager
