@@ -26,6 +26,7 @@ from click.core import ParameterSource
 import minirec
 from minirec import backend, planted, runs
 from minirec import gradcheck as checking
+from minirec import report as reporting
 from minirec import study as studying
 from minirec.attention import WEIGHTINGS
 from minirec.backend import load as load_backend
@@ -834,6 +835,37 @@ def _recommend_all(run, items, top, out, workers):
             update(len(order))
     runs.write(out, lambda file: file.write(text.getvalue().encode()))
     say(f"wrote {out}: {len(histories):,} users")
+
+
+@main.command()
+@run_argument
+@data_option
+@click.option("--out", type=click.Path(path_type=Path, dir_okay=False), help="[default: report.html in the folder].")
+def report(run, data, out):
+    """What is a prediction made of? A page to look into.
+
+    Writes one HTML file that needs no network. Of a run: its metrics, how much it mixes, and predictions to take
+    apart, with what attention weight says of each history item beside what the item contributes. Of a study's
+    folder: its verdict, tables and pictures.
+
+    \b
+    python cli.py report runs/household-softmax-1
+    python cli.py report runs/study --out study.html
+    """
+    folder = run or runs.newest_folder("report", ("checkpoint.npz", "study.json"))
+    if not run:
+        say(f"run {folder}")
+    if (folder / "study.json").exists():
+        if data:
+            raise click.UsageError("--data is for the log of a run; the page of a study needs none.")
+        found = reporting.describe_study(folder)
+    else:
+        run = Run(folder, "report", data=data)
+        found = reporting.describe_run(folder, run.settings, run.parameters, run.log(), progress)
+    page = reporting.page(found)
+    out = out or folder / "report.html"
+    runs.write(out, lambda file: file.write(page))
+    say(f"wrote {out}: {len(page) / 1e6:.2f} MB; open it in a browser")
 
 
 @main.command()
