@@ -140,7 +140,9 @@ def run_argument(command):
 
 data_option = click.option("--data", help="Where the run's log lies now, if it was moved.")
 backend_option = click.option("--backend", type=click.Choice(backend.BACKENDS), default="numpy", show_default=True)
-workers_option = click.option("--workers", type=click.IntRange(min=1), help="How many work at a time [default: all usable cores].")
+workers_option = click.option(
+    "--workers", type=click.IntRange(min=1), help="How many work at a time [default: all usable cores]."
+)
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object, nothing else, on stdout.")
 
 
