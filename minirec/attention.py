@@ -1,6 +1,12 @@
 """Causal multi-head attention and its backward. The weights are the one line the study changes.
 
-Symbols: B sequences, L positions, N tokens, D hidden size, H heads, K = D/H, g sequences in a group.
+Symbols: B sequences, L positions, N tokens, D hidden size, H heads, K = D/H, g sequences in a group,
+i a position that looks (query), j one that is looked at (key).
+
+Position i asks with its query q[i], position j answers with its key k[j]; the better the two match, the
+more of the value v[j] goes into o[i]. All three are linear in the block's input (model.py). Only j <= i
+counts: position i is to predict item i + 1 and must not see it. Each head does this on K columns of
+its own; 1/sqrt(K) keeps the spread of s, a sum of K products, from growing with K.
 
     softmax   A[i,j] = exp(s_ij) / sum_{j' <= i} exp(s_ij'),  s = q k^T / sqrt(K)   learned
     uniform   A[i,j] = 1/(i+1) for j <= i                                           a plain average
@@ -110,7 +116,8 @@ def attention(q, k, v, groups, n_heads, weighting, dropout, rng):
     """Mix the values of each sequence's past.
 
     q, k, v [N, D] packed (q and k are None unless the weighting is softmax), groups as from
-    make_groups, dropout: rate on A -> out [N, D], cache: a list with one tuple a group.
+    make_groups, dropout: rate on A -> out [N, D], cache: a list with one tuple a group,
+    (q / sqrt K, k, v, A, A with dropout, o), q, k, v and o as [g, H, L, K].
     """
     xp = get_array_module(v)
     out = xp.empty_like(v)
@@ -134,12 +141,16 @@ def attention(q, k, v, groups, n_heads, weighting, dropout, rng):
 def attention_backward(d_out, cache, groups, weighting):
     """Return d_q, d_k, d_v [N, D]; d_q and d_k are None unless the weighting is softmax.
 
-    Write M for the dropout mask, a' = A M (elementwise), o = a' v. Then, with d_o given,
-        d_v = a'^T d_o        d_a' = d_o v^T        d_A = d_a' M.
-    Softmax of a row: A_j = exp(s_j) / sum exp(s), so dA_j/ds_k = A_j (delta_jk - A_k) and
-        d_s_k = sum_j d_A_j A_j (delta_jk - A_k) = A_k (d_A_k - r),   r = sum_j d_A_j A_j.
-    The mask need not be kept: A d_A = a' d_a', and r = sum_j d_a'_j a'_j = sum_j (d_o . v_j) a'_j
-    = d_o . o. So d_s = a' d_a' - A (d_o . o); last, s = (q/sqrt K) k^T gives d_q and d_k.
+    Write M for the dropout mask, a' = A M (elementwise), o = a' v. Then, with d_o = d_out given,
+        d_v = a'^T d_o        d_a' = d_o v^T        d_A = d_a' M        [L, L] a head, but d_v [L, K].
+    Softmax of one row, S = sum_l exp(s_l): A_j = exp(s_j) / S, so by the quotient rule
+        dA_j/ds_l = delta_jl exp(s_j) / S - exp(s_j) exp(s_l) / S^2 = A_j (delta_jl - A_l)
+        d_s_l = sum_j d_A_j A_j (delta_jl - A_l) = A_l (d_A_l - r),   r = sum_j d_A_j A_j.
+    The mask need not be kept: A d_A = a' d_a' (both are A M d_a'), and (Dao et al. 2022, FlashAttention)
+        r = sum_j d_a'_j a'_j = sum_j (d_o . v_j) a'_j = d_o . sum_j a'_j v_j = d_o . o.
+    So d_s = a' d_a' - A (d_o . o). Last, s = q k^T / sqrt K: d_q = d_s k / sqrt K, d_k = d_s^T q / sqrt K.
+    A row of d_s sums to 0 (sum_l A_l = 1), for what adds the same to all scores of a row, as b_k does
+    (q_i . b_k), changes no weight: the gradient of b_k is 0.
     """
     xp = get_array_module(d_out)
     softmax = weighting == "softmax"

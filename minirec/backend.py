@@ -18,7 +18,8 @@ BACKENDS = ("numpy", "cupy")
 
 class Plan(NamedTuple):
     """How a batch is cut into pieces of work. A CPU wants pieces that stay in its cache; on a GPU
-    every kernel launch costs, so it wants few pieces, however many sequences a batch has."""
+    every kernel launch costs, so it wants few pieces, however many sequences a batch has. Who deals
+    the lanes out is told in workers.py."""
 
     lanes: int  # gradient vectors that may be filled at the same time
     micro_batch_tokens: int  # at most about so many tokens go through the model at a time
@@ -73,7 +74,7 @@ def plan(xp):
 
 
 def chunk_rows(xp, n_columns, itemsize):
-    """Return how many rows of [rows, n_columns] logits or scores to make at a time."""
+    """Return how many rows of [rows, n_columns] logits or scores, of itemsize bytes a number, to make at a time."""
     return max(16, plan(xp).loss_bytes // (n_columns * itemsize))
 
 

@@ -6,12 +6,16 @@ What block input x_j contributes to the attention output at i (Kobayashi et al. 
 
     f_h(x_j) = (x_j W_v,h + b_v,h) W_o,h        F_ij = sum_h A_h[i,j] f_h(x_j)
 
+W_v,h [D, K] being head h's columns of W_v, W_o,h [K, D] its rows of W_o. For, given A, attention is linear:
+    o_i = concat_h(sum_j A_h[i,j] v_h[j]) W_o + b_o = sum_j F_ij + b_o, a sum over positions.
+
     ratio         parts                                keeps          mixes
     attn          F_ij                                 F_ii           sum_{j != i} F_ij
     attn_res      F_ij + delta_ij x_i                  F_ii + x_i     the same
     attn_res_ln   g_i(F_ij + delta_ij x_i)             g_i(F_ii+x_i)  g_i of the rest
 
-with g_i(z) = (z - mean z) / sigma_i * gamma, sigma_i that of the real layer norm, so that
+with g_i(z) = (z - mean z) / sigma_i * gamma, sigma_i that of the real layer norm's row x_i + o_i. Given
+sigma_i, g_i is linear too, so that
     sum_j g_i(F_ij + delta_ij x_i) + g_i(b_o) + beta = the layer norm's output, exactly.
 Mixing ratio r_i = |mixes| / (|mixes| + |keeps|): vectors are summed first, norms taken last.
 It needs only the total and the diagonal, O(N D); no array [L, L, D] is ever built.

@@ -18,13 +18,15 @@ def cross_entropy(x, items, targets, scale, d_items):
     targets [N] integers, scale: what each token's loss counts (1/N for a mean).
     Returns the loss (a 0-d array, on the device) and d_x [N, D]; adds to d_items [V, D].
 
-    For one token with target t: z = items x, loss = log(sum_v exp z_v) - z_t, so
-        dloss/dz_v = exp z_v / sum exp z - [v = t] = p_v - [v = t].
+    For one token with target t: z = items x, p_v = exp z_v / sum_u exp z_u, and
+        loss = -log p_t = log(sum_v exp z_v) - z_t
+        dloss/dz_v = exp z_v / sum_u exp z_u - [v = t] = p_v - [v = t].
     Subtracting the row's maximum m changes neither (it cancels) and keeps exp from overflowing.
-    With e = exp(z - m) and s = sum e: p - onehot = (e - s onehot) / s, so s is taken from the one
-    entry at t and the division by s is left for the thin factors, [c, D] instead of [c, V]:
-        d_x = (p - onehot) items = ((e - s onehot) items) / s
-        d_items += (p - onehot)^T x = (e - s onehot)^T (x / s).
+    From here z = x items^T is a linear layer without bias (ops.linear_backward): with onehot_v = [v = t],
+        d_x = (p - onehot) items,        d_items += (p - onehot)^T x.
+    With e = exp(z - m) and s = sum e: p - onehot = (e - s onehot) / s. So s is taken from the one
+    entry at t, and the division by s is left for the thin factors, [c, D] instead of [c, V]:
+        d_x = ((e - s onehot) items) / s,        d_items += (e - s onehot)^T (x / s).
     """
     xp = get_array_module(x)
     scale = float(scale)  # a NumPy float64 scalar would promote float32 arrays
@@ -82,7 +84,8 @@ def binary_cross_entropy(x, items, targets, negatives, scale, d_items):
 
     Kang and McAuley (2018), equation 6: loss = -log sigmoid(z_t) - log(1 - sigmoid(z_n)), with
     z_t = x . items_t and z_n = x . items_n; negatives [N]. In a form that cannot overflow,
-        -log sigmoid(z) = log(1 + exp(-z)),    dloss/dz_t = sigmoid(z_t) - 1,    dloss/dz_n = sigmoid(z_n).
+        -log sigmoid(z) = log(1 + exp(-z)),    its derivative -exp(-z) / (1 + exp(-z)) = sigmoid(z) - 1,
+        dloss/dz_t = sigmoid(z_t) - 1,    dloss/dz_n = 1 - sigmoid(-z_n) = sigmoid(z_n).
     Else as cross_entropy.
     """
     xp = get_array_module(x)

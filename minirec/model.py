@@ -1,15 +1,17 @@
 """SASRec (Kang and McAuley 2018) as a list of calls, and its mirror.
 
 Symbols: B sequences, L positions, N tokens (all valid positions of a batch, packed), D hidden
-size, H heads, K = D/H, V items. Position 0 is the oldest item kept.
+size, H heads, K = D/H, V items; LN layer norm, E [V, D] item and P [L, D] position embedding, W [D, D]
+(a size [P] is the number of parameters). Position 0 is the oldest item kept.
 
     x      = LN(dropout(E[item] sqrt(D) + P[position]))
-    per block, post-LN:
+    per block, post-LN (Kang and McAuley normalise what goes into a sub-layer instead):
       o    = attention(x W_q + b_q, x W_k + b_k, x W_v + b_v) W_o + b_o
       y    = LN(x + dropout(o))
       x    = LN(y + dropout(relu(dropout(y W_1 + b_1)) W_2 + b_2))
     logits = x E^T, loss = mean over valid positions of cross-entropy against the next item
 
+E starts at N(0, 0.02), and so does P: sqrt(D) lets the item outweigh its position.
 Parameters and gradients are mappings from dotted names to arrays. In training the arrays are views
 on one flat vector (`views`), so that Adam, a sum over workers or a checkpoint is one operation;
 the functions here accept any mapping with those names.
@@ -224,7 +226,7 @@ def block(x, p, groups, config, weighting, rng):
     # 3. residual and layer norm                                                     [N, D]
     o, c["o_dropout"] = dropout(o, rate, rng)
     y, c["attention_norm"] = layer_norm(x + o, p["attention_norm.gamma"], p["attention_norm.beta"])
-    # 4. feed-forward; dropout comes before relu, which commutes with it             [N, D]
+    # 4. feed-forward (FFN); dropout comes before relu, which commutes with it       [N, D]
     f, c["ffn_1"] = linear(y, p["ffn.w_1"], p["ffn.b_1"])
     f, c["ffn_1_dropout"] = dropout(f, rate, rng)
     f, c["relu"] = relu(f)
@@ -238,24 +240,25 @@ def block(x, p, groups, config, weighting, rng):
 def block_backward(d_out, c, g, groups, weighting):
     """Return d_x [N, D]; add to the gradients g, named as p in block.
 
-    Where a value goes two ways (x to attention and residual, y to FFN and residual), its gradient
-    is the sum of what comes back.
+    d_out and all d_ here [N, D]. A sum hands its gradient to both summands: that of x + o is at once
+    d_x and d_o. Where a value goes two ways (x to attention and residual, y to FFN and residual), its
+    gradient is the sum of what comes back, hence each +=.
     """
-    # 5.
+    # 5. of y + f, so of y (by the residual) and of f
     d_y = layer_norm_backward(d_out, c["ffn_norm"], g["ffn_norm.gamma"], g["ffn_norm.beta"])
-    # 4.
+    # 4. of f back to y
     d_f = dropout_backward(d_y, c["ffn_2_dropout"])
     d_f = linear_backward(d_f, c["ffn_2"], g["ffn.w_2"], g["ffn.b_2"])
     d_f = relu_backward(d_f, c["relu"])
     d_f = dropout_backward(d_f, c["ffn_1_dropout"])
     d_y += linear_backward(d_f, c["ffn_1"], g["ffn.w_1"], g["ffn.b_1"])
-    # 3.
+    # 3. of x + o, so of x (by the residual) and of o
     d_x = layer_norm_backward(d_y, c["attention_norm"], g["attention_norm.gamma"], g["attention_norm.beta"])
     d_o = dropout_backward(d_x, c["o_dropout"])
-    # 2.
+    # 2. of o back to q, k, v
     d_mixed = linear_backward(d_o, c["o"], g["attention.w_o"], g["attention.b_o"])
     d_q, d_k, d_v = attention_backward(d_mixed, c["attention"], groups, weighting)
-    # 1.
+    # 1. of q, k, v back to x
     d_x += linear_backward(d_v, c["v"], g["attention.w_v"], g["attention.b_v"])
     if weighting == "softmax":
         d_x += linear_backward(d_k, c["k"], g["attention.w_k"], g["attention.b_k"])
@@ -289,10 +292,10 @@ def forward(parameters, config, batch, rng=None):
 def backward(d_out, cache, gradients, config, batch):
     """Add the gradients of all parameters to `gradients`, given d_out [N, D]."""
     g, c, d_x = gradients, cache, d_out
-    # 2.
+    # 2. blocks, last first
     for i, weighting in reversed(list(enumerate(config.weightings))):
         d_x = block_backward(d_x, c["blocks"][i], below(g, f"blocks.{i}."), batch.groups, weighting)
-    # 1.
+    # 1. embed
     d_x = layer_norm_backward(d_x, c["norm"], g["embedding_norm.gamma"], g["embedding_norm.beta"])
     d_x = dropout_backward(d_x, c["dropout"])
     embedding_backward(d_x, c["positions"], g["position_embedding"])
@@ -307,7 +310,9 @@ def add_gradients(parameters, config, batch, scale, gradients, rng=None, loss="c
     the tokens of all micro-batches of a step, their losses and gradients sum to those of the mean.
     """
     x, cache = forward(parameters, config, batch, rng)
-    # E serves twice, as the input and (tied) as the output: both add to the same gradient.
+    # E serves twice, so with O [N, V] the one-hot rows of the items and e = sqrt(D) O E + P[position],
+    #     dL/dE = d_logits^T x  (tied, the output: cross_entropy)  +  sqrt(D) O^T d_e  (the input: backward):
+    # both add to the same array.
     tied = parameters["item_embedding"], gradients["item_embedding"]
     if loss == "ce":
         value, d_x = cross_entropy(x, tied[0], batch.targets, scale, tied[1])

@@ -1,7 +1,8 @@
 """Forward and backward of the token-wise operations: embedding, linear, relu, dropout, layer norm.
 
 Symbols: N tokens (all valid positions of a batch, packed, no padding), D hidden size, V items.
-y = f(x) is computed forwards; backwards, d_y stands for dLoss/dy and f_backward turns it into d_x.
+y = f(x) is computed forwards; backwards, d_y stands for dLoss/dy, an array of y's shape, and
+f_backward turns it into d_x. In derivations [i = j], also delta_ij, is 1 where i = j and else 0.
 
 Each f(...) returns (out, cache), and f_backward(d_out, cache, ...) right below it returns d_x.
 Gradients of parameters are ADDED to the arrays given (d_w, d_b, ...): a parameter that is used
@@ -24,7 +25,11 @@ def embedding(table, index):
 
 
 def embedding_backward(d_out, cache, d_table):
-    """d_table[v] += sum of d_out[n] over all n with index[n] = v."""
+    """Add to d_table [V, D], given d_out [N, D]: the gradient of a row goes to the row that was looked up.
+
+    out_nd = sum_v [index_n = v] table_vd, a product with one-hot rows, so
+        dL/dtable_vd = sum_n [index_n = v] dL/dout_nd: all uses of row v add up.
+    """
     scatter_add(d_table, cache, d_out)
 
 
@@ -39,9 +44,9 @@ def linear(x, w, b):
 
 
 def linear_backward(d_out, cache, d_w, d_b):
-    """Return d_x [N, D]; add to d_w [D, M] and d_b [M].
+    """Return d_x [N, D], given d_out [N, M]; add to d_w [D, M] and d_b [M].
 
-    out_nm = sum_d x_nd w_dm + b_m, so by the chain rule
+    out_nm = sum_d x_nd w_dm + b_m, so by the chain rule (sum over every output that the input reaches)
         dL/dx_nd = sum_m dL/dout_nm w_dm        ->  d_x = d_out w^T
         dL/dw_dm = sum_n x_nd dL/dout_nm        ->  d_w = x^T d_out
         dL/db_m  = sum_n dL/dout_nm             ->  d_b = 1^T d_out
@@ -80,7 +85,10 @@ def dropout_mask(shape, rate, rng, like):
 
 
 def dropout(x, rate, rng):
-    """Inverted dropout (Srivastava et al. 2014): out = x * mask -> out, cache (the mask or None)."""
+    """Inverted dropout (Srivastava et al. 2014): out = x * mask -> out, cache (the mask or None).
+
+    What is kept is divided by 1 - rate, so that out has the mean of x and inference needs no rescaling.
+    """
     mask = dropout_mask(x.shape, rate, rng, x)
     return (x if mask is None else x * mask), mask
 
@@ -93,7 +101,7 @@ def dropout_backward(d_out, cache):
 def layer_norm(x, gamma, beta):
     """Layer norm (Ba et al. 2016): out = gamma (x - mean) / sigma + beta, over each row.
 
-    x [N, D], gamma [D], beta [D] -> out [N, D], cache.
+    x [N, D], gamma [D], beta [D] -> out [N, D], cache: all that the backward needs of x.
     sigma = sqrt(variance + 1e-8), the variance in two passes: exact also where mean >> deviation.
     """
     xp = get_array_module(x)
@@ -108,14 +116,18 @@ def layer_norm(x, gamma, beta):
 
 
 def layer_norm_backward(d_out, cache, d_gamma, d_beta):
-    """Return d_x [N, D]; add to d_gamma [D] and d_beta [D].
+    """Return d_x [N, D], given d_out [N, D]; add to d_gamma [D] and d_beta [D].
 
-    With n = (x - m)/s, out = gamma n + beta and e = dL/dn = gamma d_out, per row:
-        dm/dx_k = 1/D        ds/dx_k = (x_k - m)/(D s) = n_k / D
+    One row: m its mean, s its sigma, n = (x - m)/s, out = gamma n + beta, e = dL/dn = gamma d_out.
+    Every x_k moves m and s, and these move every n_i:
+        dm/dx_k = 1/D
+        s^2 = sum_i (x_i - m)^2 / D + eps, so 2 s ds/dx_k = 2/D sum_i (x_i - m)(delta_ik - 1/D)
+            = 2/D (x_k - m), for sum_i (x_i - m) = 0; hence ds/dx_k = n_k / D
         dn_i/dx_k = (delta_ik - 1/D)/s - (x_i - m)/s^2 * n_k/D
                   = (delta_ik - 1/D - n_i n_k / D) / s
         d_x_k = sum_i e_i dn_i/dx_k = (e_k - mean(e) - n_k mean(e n)) / s
-    in words: e, less its part along the constant vector, less its part along n, over s.
+    in words: e, less its part along the constant vector, less its part along n, over s: shifting or
+    stretching a row changes no n. gamma and beta serve all rows: d_gamma = sum d_out n, d_beta = sum d_out.
     """
     normed, sigma, gamma, average = cache
     xp = get_array_module(normed)

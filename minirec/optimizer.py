@@ -1,6 +1,8 @@
 """Adam (Kingma and Ba 2015, algorithm 1), on flat vectors: all parameters at once.
 
-Symbols: P parameters in all.
+Symbols: P parameters in all, w one of them, g its gradient, t the step, lr the learning rate; m and v
+running means of g and g^2. These start at 0; dividing by 1 - b^t makes them true averages again. Each w moves
+by about lr whatever the scale of its g, and by less where g keeps changing its sign.
 """
 
 import math
