@@ -28,6 +28,7 @@ from minirec import backend, planted, runs
 from minirec import gradcheck as checking
 from minirec import report as reporting
 from minirec import study as studying
+from minirec import trace as tracing
 from minirec.attention import WEIGHTINGS
 from minirec.backend import load as load_backend
 from minirec.data import FORMATS, SPLITS, training_windows
@@ -897,6 +898,23 @@ def gradcheck(attn, backend):
     if not worst < checking.TOLERANCE:
         raise UserError(f"a gradient is off by {worst:.1e}, more than {checking.TOLERANCE:.0e}")
     click.echo(f"all below {checking.TOLERANCE:.0e}; the largest is {worst:.1e}")
+
+
+@main.command()
+@click.option("--attn", type=click.Choice(WEIGHTINGS), default="softmax", show_default=True)
+@click.option("--seed", type=click.IntRange(min=0), default=tracing.SEED, show_default=True, help="Of the parameters.")
+def trace(attn, seed):
+    """What does the model compute? Every number of one tiny step.
+
+    To be read beside the code: three users, D = 4, two heads, one block; the forward, all gradients beside
+    central differences, the same parameters under other attention weightings, and one position taken apart.
+
+    \b
+    python cli.py trace | less
+    python cli.py trace --attn uniform
+    """
+    for step in tracing.steps(attn, seed):
+        click.echo("\n".join(tracing.lines(step)))
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 Read the modules in this order: errors, backend, ops, attention, loss, model, optimizer, data,
 planted, runs, workers, evaluate, train, decompose, baselines, statistics, study, figures, gradcheck,
-report.
+trace, report.
 """
 
 __version__ = "0.1.0"

@@ -40,6 +40,20 @@ def identically_zero(config, name):
     return rest[-1] in unused
 
 
+def central_differences(loss, value):
+    """Return dL/dvalue, a host array of value's shape; loss() reads value, whose entries are moved and put back."""
+    numeric = np.zeros(value.shape)
+    for i in np.ndindex(value.shape):
+        centre = float(value[i])
+        value[i] = centre + STEP
+        above = loss()
+        value[i] = centre - STEP
+        under = loss()
+        value[i] = centre
+        numeric[i] = (above - under) / (2 * STEP)
+    return numeric
+
+
 def check(attn, xp=np, only=None):
     """Check all parameters, or those named in `only`, under one weighting, on array module xp.
 
@@ -54,16 +68,8 @@ def check(attn, xp=np, only=None):
 
     _, gradients = loss()
     for name in only or parameters:
-        value, gradient = parameters[name], to_host(gradients[name])
-        numeric = np.zeros(value.shape)
-        for i in np.ndindex(value.shape):
-            centre = float(value[i])
-            value[i] = centre + STEP
-            above, _ = loss()
-            value[i] = centre - STEP
-            under, _ = loss()
-            value[i] = centre
-            numeric[i] = (above - under) / (2 * STEP)
+        gradient = to_host(gradients[name])
+        numeric = central_differences(lambda: loss()[0], parameters[name])
         if identically_zero(config, name):
             yield name, max(np.abs(gradient).max(), np.abs(numeric).max()), False
         else:

@@ -42,8 +42,8 @@ def test_every_command_says_what_it_is_for_in_a_line_and_gives_an_example(monkey
     assert "..." not in overview.split("Commands:")[1], "a first sentence is cut off"
     for name in main.commands:
         assert f"python cli.py {name}" in CliRunner().invoke(main, [name, "--help"]).output
-    near = CliRunner().invoke(main, ["trian"])
-    assert near.exit_code == 2 and "Did you mean 'train'?" in near.output
+    near = CliRunner().invoke(main, ["evalute"])
+    assert near.exit_code == 2 and "Did you mean 'evaluate'?" in near.output
 
 
 def test_the_shell_completes_commands_and_options(tmp_path):
