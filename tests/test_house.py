@@ -6,6 +6,7 @@ import subprocess
 import sys
 import tokenize
 
+import pytest
 from conftest import ROOT
 
 import minirec
@@ -13,6 +14,8 @@ import minirec
 PACKAGE = ROOT / "minirec"
 CORE = ("backend", "ops", "attention", "loss", "model", "optimizer")
 CORE_LINES = 600
+HEAVY = ("cupy", "mpi4py", "matplotlib", "scipy", "torch")
+OURS = ("minirec", "cli", "tests", "conftest")
 
 
 def reading_order():
@@ -20,13 +23,30 @@ def reading_order():
     return minirec.__doc__.split("in this order:")[1].strip(" .\n").replace("\n", " ").split(", ")
 
 
-def imported(path):
-    """The minirec modules that a file imports, at its top or inside a function."""
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.ImportFrom) and node.module == "minirec":
+def imports(source, at_top=False):
+    """The dotted names that Python source imports: anywhere, or only those that importing it imports as well."""
+    nodes = [ast.parse(source)]
+    while nodes:
+        node = nodes.pop()
+        if not (at_top and isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda))):
+            nodes += ast.iter_child_nodes(node)
+        if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
-        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("minirec."):
-            yield node.module.split(".")[1]
+        elif isinstance(node, ast.ImportFrom):
+            parts = ["minirec"] * node.level + [node.module] * bool(node.module)
+            yield from (".".join([*parts, alias.name]) for alias in node.names)
+        elif isinstance(node, ast.Call) and ast.unparse(node.func).split(".")[-1] in ("import_module", "__import__"):
+            yield ast.literal_eval(node.args[0])  # a name that is computed cannot be checked, and fails here
+
+
+def against_the_order(module, source):
+    """Of the names that a module imports, ours that are not read before it; a cycle needs at least one."""
+    order = reading_order()
+    before = order[: order.index(module)] if module in order else []
+    for name in imports(source):
+        ours, _, rest = name.partition(".")
+        if ours in OURS and not (ours == "minirec" and rest.split(".")[0] in before):
+            yield name
 
 
 def code_lines(path):
@@ -42,12 +62,51 @@ def code_lines(path):
     return len([n for n in lines if n <= len(source.splitlines())])
 
 
-def test_imports_point_up_the_reading_order():
-    order = reading_order()
-    assert sorted([*order, "__init__"]) == sorted(path.stem for path in PACKAGE.glob("*.py"))
-    for place, module in enumerate(order):
-        for other in imported(PACKAGE / f"{module}.py"):
-            assert order.index(other) < place, f"{module} imports {other}, which is read later"
+def test_the_reading_order_names_every_module():
+    assert sorted([*reading_order(), "__init__"]) == sorted(path.stem for path in PACKAGE.glob("*.py"))
+
+
+@pytest.mark.parametrize("path", sorted(PACKAGE.glob("*.py")), ids=lambda path: path.stem)
+def test_imports_point_up_the_reading_order(path):
+    assert list(against_the_order(path.stem, path.read_text())) == [], f"{path.stem} imports what is read later"
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "from minirec import model",
+        "from minirec import backend, model",
+        "from minirec.model import forward",
+        "import minirec.model",
+        "import numpy, minirec.model as m",
+        "from . import model",
+        "from .model import forward",
+        "def f():\n    from minirec.model import forward",
+        "class C:\n    def f(self):\n        if self:\n            import minirec.model",
+        "importlib.import_module('minirec.model')",
+        "__import__('minirec.model')",
+        "from minirec import *",
+        "import minirec",
+        "import minirec.ops",
+        "import cli",
+        "from tests.conftest import ROOT",
+    ],
+)
+def test_an_import_against_the_reading_order_is_seen(line):
+    assert len(list(against_the_order("ops", line))) == 1
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "import numpy as np",
+        "from minirec.backend import load",
+        "from .errors import UserError",
+        "import minirec.errors",
+    ],
+)
+def test_an_import_up_the_reading_order_is_let_through(line):
+    assert list(against_the_order("ops", line)) == []
 
 
 def test_the_core_stays_under_its_limit():
@@ -80,12 +139,23 @@ def test_the_readme_opens_with_two_commands_of_one_line():
     assert [len(block.splitlines()) for block in readme_blocks("bash")[:2]] == [1, 1]
 
 
-def test_only_backend_imports_cupy():
-    for path in (*PACKAGE.glob("*.py"), ROOT / "cli.py"):
-        assert path.stem == "backend" or "import cupy" not in path.read_text(), path
+@pytest.mark.parametrize("path", [*sorted(PACKAGE.glob("*.py")), ROOT / "cli.py"], ids=lambda path: path.stem)
+def test_heavy_libraries_are_imported_inside_functions_and_cupy_by_backend_alone(path):
+    source = path.read_text()
+    assert not {name.split(".")[0] for name in imports(source, at_top=True)} & set(HEAVY)
+    assert path.stem == "backend" or "cupy" not in {name.split(".")[0] for name in imports(source)}
+
+
+@pytest.mark.parametrize(
+    "line", ["import cupy", "from scipy import stats", "try:\n    import mpi4py.MPI\nexcept E:\n    pass"]
+)
+def test_a_heavy_import_at_the_top_is_seen(line):
+    assert {name.split(".")[0] for name in imports(line, at_top=True)} & set(HEAVY)
+    inside = "def f():\n    " + line.replace("\n", "\n    ")
+    assert not list(imports(inside, at_top=True)) and list(imports(inside))
 
 
 def test_heavy_libraries_are_not_imported_unasked():
-    code = "import sys, cli; print([m for m in ('cupy', 'mpi4py', 'matplotlib', 'scipy', 'torch') if m in sys.modules])"
+    code = f"import sys, cli; print([m for m in {HEAVY} if m in sys.modules])"
     process = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert process.stdout.strip() == "[]", process.stderr
