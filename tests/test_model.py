@@ -186,3 +186,12 @@ def test_items_out_of_range_are_refused(sequence):
     for call in (model.loss_and_gradients, model.encode):
         with pytest.raises(UserError, match=r"0\.\.4"):
             call(parameters, config, [np.array(sequence)])
+
+
+def test_sequences_that_leave_nothing_to_compute_are_refused():
+    config = model.Config(n_items=5, hidden_size=4)
+    parameters = model.init_parameters(config, 0)
+    with pytest.raises(UserError, match="2 or more items"):
+        model.loss_and_gradients(parameters, config, [np.array([3]), np.array([], int)])
+    with pytest.raises(UserError, match="empty"):
+        model.encode(parameters, config, [np.array([3]), np.array([], int)])
