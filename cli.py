@@ -24,7 +24,7 @@ import numpy as np
 from click.core import ParameterSource
 
 import minirec
-from minirec import backend, planted, runs
+from minirec import backend, files, planted, runs
 from minirec import gradcheck as checking
 from minirec import report as reporting
 from minirec import study as studying
@@ -187,6 +187,7 @@ def main(ctx):
     if ctx.invoked_subcommand is None:
         click.echo(THE_WAY)
     warnings.simplefilter("ignore", RuntimeWarning)  # overflow and NaN are caught, and named, where they matter
+    warnings.showwarning = lambda message, *_: say(one_line(message))
     if launched_rank() and ctx.invoked_subcommand not in ("train", "study"):
         ctx.exit()  # the first rank is enough for it
 
@@ -283,6 +284,8 @@ def train(ctx, out, resume, as_json, mpi_buffers, **options):
     if before:
         _take_over(ctx, options, before)
         runs.find_log(folder, before, options["data"] if given else None)
+    elif resume and all(ctx.get_parameter_source(name) is ParameterSource.DEFAULT for name in options):
+        raise UserError(f"{folder}: no run to go on with; start it with the options that it is to have")
     source = log_source(options["data"], options)
     sizes = [options[name] for name in ("hidden", "blocks", "heads", "max_length", "dropout", "attn")]
     try:
@@ -476,8 +479,8 @@ def study(data, attn, seeds, workers, out, as_json, **options):
             raise click.UsageError(f"two logs are called {dataset.name}: rename one, or study it with another --out.")
         datasets.append(dataset)
     out = out or runs.RUNS / "-".join(["study", *(dataset.name for dataset in datasets if data)])[:LONGEST_NAME]
-    runs.make_folder(out)
-    with nullcontext() if launched_rank() else runs.locked(out) as lock:
+    files.make_folder(out)
+    with nullcontext() if launched_rank() else files.locked(out) as lock:
         jobs = studying.grid(datasets, weightings, seeds, out)
         try:
             failures = _run_grid(jobs, (workers or usable_cores()) if options["backend"] == "numpy" else 0, lock)
@@ -489,7 +492,7 @@ def study(data, attn, seeds, workers, out, as_json, **options):
         if not results:
             raise UserError(f"no dataset has a finished run of each weighting: {failures[0]}")
         everything = studying.write_results(out, results, rows)
-        runs.write_json(out / "times.json", times := studying.times(jobs))
+        files.write_json(out / "times.json", times := studying.times(jobs))
         _show_study(results, everything, times, jobs, out, as_json)
     if failures:
         raise UserError(f"{len(failures)} of {len(jobs)} runs failed; the same command tries them again")
@@ -729,11 +732,11 @@ def _write_decomposition(folder, result, users):
     """Write decomposition.npz and, where matplotlib is there, heatmaps.png."""
     from minirec import figures
 
-    runs.make_folder(folder)
+    files.make_folder(folder)
     arrays = {"users": users[result["sequences"]], "positions": result["positions"]}
     for i, block in enumerate(result["blocks"]):
         arrays |= {f"blocks.{i}.{name}": block[name] for name in (*RATIOS, "entropy", "attention", "contribution")}
-    runs.write_arrays(folder / "decomposition.npz", arrays)
+    files.write_arrays(folder / "decomposition.npz", arrays)
     say(f"wrote {folder / 'decomposition.npz'}")
     try:
         figures.heatmaps(result, folder / "heatmaps.png")
@@ -836,7 +839,7 @@ def _recommend_all(run, items, top, out, workers):
                     if score > -np.inf:
                         writer.writerow((user, rank, items[item], f"{score:.4f}"))
             update(len(order))
-    runs.write(out, lambda file: file.write(text.getvalue().encode()))
+    files.write(out, lambda file: file.write(text.getvalue().encode()))
     say(f"wrote {out}: {len(histories):,} users")
 
 
@@ -867,7 +870,7 @@ def report(run, data, out):
         found = reporting.describe_run(folder, run.settings, run.parameters, run.log(), progress)
     page = reporting.page(found)
     out = out or folder / "report.html"
-    runs.write(out, lambda file: file.write(page))
+    files.write(out, lambda file: file.write(page))
     say(f"wrote {out}: {len(page) / 1e6:.2f} MB; open it in a browser")
 
 

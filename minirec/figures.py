@@ -9,7 +9,7 @@ import warnings
 import numpy as np
 
 from minirec.decompose import RATIOS
-from minirec.runs import write
+from minirec.files import replace
 from minirec.statistics import JUDGED_BY, MIXES_ABOVE, mean_g, published
 
 STYLES = {  # of the weightings: line, grey
@@ -35,7 +35,7 @@ def save(figure, path):
     """Write a figure as PNG."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # a name in a script that the font lacks
-        write(path, lambda file: figure.savefig(file, format="png", dpi=150))
+        replace(path, lambda file: figure.savefig(file, format="png", dpi=150))
 
 
 def heatmaps(result, path):

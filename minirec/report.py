@@ -20,7 +20,7 @@ from pathlib import Path
 
 import numpy as np
 
-from minirec import runs
+from minirec import files, runs
 from minirec.data import Cases
 from minirec.decompose import (
     RATIOS,
@@ -165,7 +165,7 @@ def describe_run(folder, settings, parameters, log, progress=silent):
 
 def run_records(folder):
     """Return the records of a run's epochs."""
-    return runs.load_records(folder, len(runs.read_json_lines(folder / "metrics.jsonl")))
+    return runs.load_records(folder, len(files.read_json_lines(folder / "metrics.jsonl")))
 
 
 def log_name(settings):
@@ -309,7 +309,7 @@ def explain(parameters, config, sequence, cases, run=map):
 def describe_study(folder):
     """Return what the page of a study shows, ready for JSON. Raises UserError where study.json is not a study's."""
     path, theirs = folder / "study.json", published()
-    results = runs.read_json(path)
+    results = files.read_json(path)
     try:
         datasets = [describe_result(name, result) for name, result in results["datasets"].items()]
         if not datasets:

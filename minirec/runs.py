@@ -1,14 +1,14 @@
-"""The run folder: what a training run leaves behind, written so that no crash can damage it.
+"""The run folder: what a training run leaves behind.
 
-    config.json      every setting, the log's path and fingerprint, versions
-    items.json       item names; their order is the model's numbering
-    metrics.jsonl    one line an epoch
-    checkpoint.npz   the parameters that did best on validation
-    state.npz        all that resuming needs
+    config.json          every setting, the log's path and fingerprint, versions
+    items.json           item names; their order is the model's numbering
+    metrics.jsonl        one line an epoch
+    checkpoint.npz       the parameters that did best on validation
+    state.npz            all that resuming needs
+    state.previous.npz   the state before that one, should it be damaged
 
-Every file is written beside its final name, synced and renamed: it is the old one or the new one,
-never half of one. Files are data: nothing is unpickled, no path in a file but the log's is
-followed, and that only while the log's fingerprint still matches.
+Files are written and read as in files.py: whole or not at all, and as data. No path in a file but the log's
+is followed, and that only while the log's fingerprint still matches.
 """
 
 import contextlib
@@ -16,6 +16,7 @@ import hashlib
 import json
 import math
 import os
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -23,98 +24,25 @@ import numpy as np
 from minirec import data, planted
 from minirec.backend import BACKENDS
 from minirec.errors import UserError
+from minirec.files import (
+    check_regular,
+    locked,
+    make_folder,
+    opened_arrays,
+    read_json,
+    read_json_lines,
+    write_arrays,
+)
 from minirec.loss import LOSSES
 from minirec.model import Config, parameter_count, parameter_shapes
 
-FILES = ("config.json", "items.json", "metrics.jsonl", "checkpoint.npz", "state.npz")
+STATES = ("state.npz", "state.previous.npz")  # the newest first
+FILES = ("config.json", "items.json", "metrics.jsonl", "checkpoint.npz", *STATES)
 RUNS = Path("runs")
 SELECTED_BY = "NDCG@10"  # on validation: it picks the checkpoint and stops the run
 
 
-def write(path, fill):
-    """Write a file by fill(file): all of it, or, whatever happens, none. A link's target is written, a device into."""
-    path = Path(os.path.realpath(path))
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        if os.path.exists(path) and not os.path.isfile(path):  # /dev/stdout, a pipe; a folder fails here
-            with open(path, "wb") as file:
-                fill(file)
-            return
-        with open(temporary, "wb") as file:
-            fill(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-        if isinstance(error, OSError):
-            raise UserError(f"{path}: cannot be written ({error.strerror or error})") from None
-        raise
-    if hasattr(os, "O_DIRECTORY"):  # the rename itself must reach the disk too
-        folder = os.open(path.parent, os.O_DIRECTORY)
-        os.fsync(folder)
-        os.close(folder)
-
-
-def write_json(path, value):
-    """Write a JSON file; NaN and infinity are refused."""
-    text = json.dumps(value, indent=1, allow_nan=False) + "\n"
-    write(path, lambda file: file.write(text.encode()))
-
-
-def write_json_lines(path, values):
-    """Write a file of one JSON object a line."""
-    text = "".join(json.dumps(value, allow_nan=False) + "\n" for value in values)
-    write(path, lambda file: file.write(text.encode()))
-
-
-def write_arrays(path, arrays):
-    """Write {name: array} as an npz file."""
-    write(path, lambda file: np.savez(file, **arrays))
-
-
-def read_json(path):
-    """Read a JSON file."""
-    try:
-        return json.loads(path.read_text("utf-8"))
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror or error})") from None
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}: not valid JSON ({error})") from None
-
-
-def read_json_lines(path):
-    """Read a file of one JSON object a line; a missing file is an empty one."""
-    if not path.exists():
-        return []
-    try:
-        return [json.loads(line) for line in path.read_text("utf-8").splitlines()]
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path}: not readable as JSON lines ({error})") from None
-
-
-def read_arrays(path):
-    """Read an npz file as {name: array}; an array that would need unpickling is refused."""
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            return {name: file[name] for name in file.files}
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file") from None
-    except Exception as error:  # a damaged zip raises errors of many kinds
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise UserError(f"{path}: not a readable npz file ({reason})") from None
-
-
 # Folders
-
-
-def make_folder(folder):
-    """Create a folder where there is none."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"{folder}: cannot be made a folder ({error.strerror or error})") from None
 
 
 def new_folder(log_name, attn):
@@ -144,8 +72,9 @@ def newest_folder(command, holding=("checkpoint.npz",)):
 def opened(folder, resume):
     """Create a run folder, or take over an existing one, and hold it for as long as the context lasts.
 
-    Raises UserError where the folder holds something else, holds a state and resume is not asked
-    for, or is in use by another process.
+    Without a state, what else an earlier run left is removed: it is no part of the run that now begins. Raises
+    UserError where the folder holds something else, holds a state and resume is not asked for, or is in use by
+    another process.
     """
     make_folder(folder)
     try:
@@ -156,35 +85,25 @@ def opened(folder, resume):
         raise UserError(f"{folder}: cannot be used as a run folder ({error.strerror or error})") from None
     if strangers and not (folder / "config.json").exists():
         raise UserError(f"{folder}: holds {strangers[0]} and no run; choose a new or empty folder")
+    for name in FILES:
+        check_regular(folder / name)
     with locked(folder):
-        if (folder / "state.npz").exists() and not resume:
+        state, previous = ((folder / name).exists() for name in STATES)
+        if state and not resume:
             raise UserError(f"{folder}: holds a run already; add --resume to continue it, or choose another --out")
-        for stale in folder.glob(".*.tmp"):
-            stale.unlink()
-        yield folder
-
-
-@contextlib.contextmanager
-def locked(folder):
-    """Hold a folder for as long as the context lasts; yield the handle that does. Raises UserError where another
-    process holds it."""
-    try:
-        import fcntl
-    except ImportError:  # Windows has no flock; one process at a time is then up to the user
-        yield None
-        return
-    handle = os.open(folder, os.O_RDONLY)  # a lock on the folder itself leaves no file behind
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(handle)
-        raise UserError(f"{folder}: in use by another process; wait for it, or choose another --out") from None
-    except OSError:
-        pass  # some network file systems know no locks
-    try:
-        yield handle
-    finally:
-        os.close(handle)
+        try:
+            for stale in folder.glob(".*.tmp"):
+                stale.unlink()
+            if not state and not (resume and previous):
+                for name in ("metrics.jsonl", "checkpoint.npz", "state.previous.npz"):
+                    (folder / name).unlink(missing_ok=True)
+        except OSError as error:
+            raise UserError(f"{error.filename}: cannot be removed ({error.strerror or error})") from None
+        try:
+            yield folder
+        finally:
+            with contextlib.suppress(OSError):
+                folder.rmdir()  # an empty folder alone: that of a run which could not start
 
 
 # What is in one
@@ -236,31 +155,40 @@ def is_planted(path):
     return path in planted.DATASETS and not os.path.isfile(path)
 
 
-def _number(least, kinds=int):
-    return lambda x: isinstance(x, kinds) and not isinstance(x, bool) and least <= x < math.inf
+def _number(least, most=math.inf, kinds=int):
+    return lambda x: isinstance(x, kinds) and not isinstance(x, bool) and least <= x <= most and x < math.inf
 
 
 def _text(x):
     return isinstance(x, str)
 
 
-SETTINGS = {  # what config.json must hold beside the model's Config; a rule says whether a value will do
+LARGEST = 1 << 24  # of the sizes that a person gives
+LARGEST_CONFIG = 1 << 20  # bytes
+LONGEST_ITEM = 1 << 11  # bytes in items.json, where a character of an item's name may be escaped
+SETTINGS = {  # what config.json must hold; a rule says whether a value will do
+    "model": {
+        "n_items": _number(1, 1 << 31),
+        "n_blocks": _number(1, 1000),
+        **{name: _number(1, LARGEST) for name in ("hidden_size", "n_heads", "max_length")},
+    },
     "data": {
-        "path": _text,
+        "path": lambda x: _text(x) and "\0" not in x,
         "sha256": _text,
         "format": lambda x: x is None or x in data.FORMATS,
         "columns": lambda x: x is None or isinstance(x, list) and all(map(_text, x)),
         "split": lambda x: x in data.SPLITS,
-        "k_core": _number(1),
+        "k_core": _number(1, LARGEST),
         "drop_repeats": lambda x: isinstance(x, bool),
     },
     "training": {
         "loss": lambda x: x in LOSSES,
         "backend": lambda x: x in BACKENDS,
-        "lr": _number(0, (int, float)),
+        "lr": _number(0, kinds=(int, float)),
         "seed": _number(0),
-    }
-    | {name: _number(1) for name in ("negatives", "epochs", "batch_size", "patience", "workers")},
+        **{name: _number(1, LARGEST) for name in ("negatives", "batch_size")},
+        **{name: _number(1) for name in ("epochs", "patience", "workers")},
+    },
 }
 
 
@@ -268,13 +196,13 @@ def load_settings(folder):
     """Return a run's config.json. Raises UserError where the folder is not a run."""
     if not os.path.exists(folder / "config.json"):
         raise UserError(f"{folder}: not a run folder (no config.json); python cli.py train makes one")
-    settings = read_json(folder / "config.json")
+    settings = read_json(folder / "config.json", LARGEST_CONFIG)
     try:
-        model_config(settings)
         for part, rules in SETTINGS.items():
             for name, rule in rules.items():
                 if not rule(settings[part].get(name)):
-                    raise ValueError(f"{part} {name}: {settings[part].get(name)!r}")
+                    raise ValueError(f"{part} {name}: {settings[part].get(name)!r:.80}")
+        model_config(settings)
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise UserError(f"{folder / 'config.json'}: not a run's settings ({error})") from None
     return settings
@@ -290,27 +218,30 @@ def load_parameters(folder, config, xp=np):
     path = folder / "checkpoint.npz"
     if not os.path.exists(path):
         raise UserError(f"{path}: no such file; the run has not finished an epoch: train --resume --out {folder}")
-    arrays = read_arrays(path)
     shapes = parameter_shapes(config)
-    for name in sorted(set(shapes) | set(arrays)):
-        if name not in arrays or name not in shapes:
-            raise UserError(
-                f"{path}: {name} is {'missing' if name in shapes else 'no parameter'}; config.json says otherwise"
-            )
-        if arrays[name].shape != shapes[name] or arrays[name].dtype != np.float32:
-            raise UserError(
-                f"{path}: {name} is {arrays[name].dtype} {arrays[name].shape}, expected float32 {shapes[name]}"
-            )
-        if not np.isfinite(arrays[name]).all():
+    with opened_arrays(path) as (headers, read):
+        for name in sorted(set(shapes) | set(headers)):
+            if name not in headers or name not in shapes:
+                raise UserError(
+                    f"{path}: {name} is {'missing' if name in shapes else 'no parameter'}; config.json says otherwise"
+                )
+            shape, dtype = headers[name]
+            if shape != shapes[name] or dtype != np.float32:
+                raise UserError(f"{path}: {name} is {dtype} {shape}, expected float32 {shapes[name]}")
+        parameters = {name: read(name) for name in shapes}
+    for name, value in parameters.items():
+        if not np.isfinite(value).all():
             raise UserError(f"{path}: {name} holds values that are not finite; train the run again")
-    return {name: xp.asarray(arrays[name]) for name in shapes}
+    return {name: xp.asarray(value) for name, value in parameters.items()}
 
 
 def load_items(folder, config):
     """Return the item names of a run, in the model's numbering."""
-    items = read_json(folder / "items.json")
+    items = read_json(folder / "items.json", (config.n_items + 1) * LONGEST_ITEM)
     if not isinstance(items, list) or len(items) != config.n_items or not all(isinstance(i, str) for i in items):
         raise UserError(f"{folder / 'items.json'}: expected a list of {config.n_items} names")
+    if any(data.CONTROL.search(item) for item in items):
+        raise UserError(f"{folder / 'items.json'}: a name in it holds control characters, which no log has")
     return items
 
 
@@ -337,35 +268,73 @@ def load_run_log(folder, settings, data_path=None, progress=None):
     return log
 
 
-STATE_SHAPES = {  # of the arrays in state.npz, given P parameters and S steps an epoch
-    "parameters": "P",
-    "first_moment": "P",
-    "second_moment": "P",
-    "losses": "S",  # of the current epoch's steps
-    "step": "",  # steps done in all
-    "seconds": "",  # spent in the current epoch's steps
+STATE_VERSION = 2  # 1 said neither its version nor its settings
+STATE_ARRAYS = {  # in state.npz beside "version" and "settings", given P parameters and S steps an epoch
+    "parameters": ("P", np.float32),
+    "first_moment": ("P", np.float32),
+    "second_moment": ("P", np.float32),
+    "losses": ("S", np.float64),  # of the current epoch's steps
+    "step": ("", np.int64),  # steps done in all
+    "seconds": ("", np.float64),  # spent in the current epoch's steps
 }
 
 
-def load_state(folder, settings, n_steps):
-    """Return the arrays of state.npz, or None where there is no state yet.
+def save_state(folder, settings, arrays, keep_previous=True):
+    """Write state.npz: STATE_ARRAYS, and what tells whether they are of this version and of these settings.
 
-    Raises UserError where the run has other settings than `settings`, or the state is damaged.
+    keep_previous: the state before stays as state.previous.npz; not where it is no good itself.
     """
-    path = folder / "state.npz"
-    if not path.exists():
-        return None
+    known = {"version": np.int64(STATE_VERSION), "settings": np.str_(settings_fingerprint(settings))}
+    newest, previous = (folder / name for name in STATES)
+    write_arrays(newest, known | arrays, previous if keep_previous else None)
+
+
+def load_state(folder, settings, n_steps):
+    """Return the arrays of the newest good state and the name of its file; None, None where there is no state.
+
+    What is wrong with a newer one is a warning. Raises UserError where the run has other settings than `settings`,
+    or where no state is good.
+    """
+    paths = [folder / name for name in STATES if (folder / name).exists()]
+    if not paths:
+        return None, None
     check_same(folder, settings)
-    state = read_arrays(path)
-    damaged = UserError(f"{path}: not the state of such a run; delete it to start afresh")
+    refused = [] if paths[0].name == STATES[0] else [f"{folder / STATES[0]}: no such file"]
+    for path in paths:
+        try:
+            state = read_state(path, settings, n_steps)
+        except UserError as error:
+            refused.append(str(error))
+        else:
+            if refused:
+                warnings.warn(f"{refused[0]}; going on from {path.name}", stacklevel=2)
+            return state, path.name
+    raise UserError(f"{'; '.join(refused)}; there is no other state to go on from: start anew with another --out")
+
+
+def read_state(path, settings, n_steps):
+    """Return the arrays of a state file. Raises UserError where it is damaged, of another version or other settings."""
     sizes = {"P": (parameter_count(model_config(settings)),), "S": (n_steps,), "": ()}
-    for name, size in STATE_SHAPES.items():
-        kind = "iu" if name == "step" else "f"
-        if name not in state or state[name].shape != sizes[size] or state[name].dtype.kind not in kind:
-            raise damaged
-    if state["step"] < 0:
-        raise damaged
+    expected = {name: (sizes[size], np.dtype(kind)) for name, (size, kind) in STATE_ARRAYS.items()}
+    fingerprint = np.str_(settings_fingerprint(settings))
+    with opened_arrays(path) as (headers, read):
+        if headers.get("version") != ((), np.dtype(np.int64)) or read("version") != STATE_VERSION:
+            raise UserError(f"{path}: written by another version of minirec")
+        if headers.get("settings") != ((), fingerprint.dtype) or read("settings") != fingerprint:
+            raise UserError(f"{path}: the state of a run with other settings")
+        if {name: header for name, header in headers.items() if name not in ("version", "settings")} != expected:
+            raise UserError(f"{path}: damaged: not the arrays of such a state")
+        state = {name: read(name) for name in expected}
+    if state["step"] < 0 or not 0 <= state["seconds"] < math.inf:
+        raise UserError(f"{path}: damaged: step {state['step']}, {state['seconds']} seconds")
     return state
+
+
+def settings_fingerprint(settings):
+    """Return the SHA-256 of the settings that a run cannot change half-way."""
+    fixed = fixed_settings(settings)
+    fixed |= {name: float(fixed[name]) for name in ("lr", "dropout")}  # 1 and 1.0 are written differently
+    return hashlib.sha256(json.dumps(fixed, sort_keys=True).encode()).hexdigest()
 
 
 def check_same(folder, settings):
@@ -379,6 +348,10 @@ def check_same(folder, settings):
             )
 
 
+RECORDED = {"epoch", "loss", "steps", "train_seconds", SELECTED_BY}
+_is_number = _number(-(1 << 53), 1 << 53, (int, float))
+
+
 def load_records(folder, n):
     """Return the first n records of metrics.jsonl: those of the epochs that the state has behind it.
 
@@ -387,14 +360,15 @@ def load_records(folder, n):
     records = read_json_lines(folder / "metrics.jsonl")[:n]
     for epoch in range(1, n + 1):
         record = records[epoch - 1] if epoch <= len(records) else None
-        numbers = isinstance(record, dict) and all(isinstance(x, (int, float)) for x in record.values())
-        if not numbers or record.get("epoch") != epoch or not {SELECTED_BY, "train_seconds"} <= set(record):
+        numbers = isinstance(record, dict) and all(_is_number(x) for x in record.values())
+        if not numbers or record.get("epoch") != epoch or not RECORDED <= set(record):
             raise UserError(f"{folder / 'metrics.jsonl'}: epoch {epoch} is missing or damaged; start a new run")
     return records
 
 
 def fixed_settings(settings):
-    """Return, as {name: value}, the settings that a run cannot change half-way."""
+    """Return, as {name: value}, the settings that a run cannot change half-way, as JSON gives them back."""
     training = {name: settings["training"].get(name) for name in ("loss", "negatives", "batch_size", "lr", "seed")}
     source = {name: settings["data"][name] for name in ("format", "columns", "split", "k_core", "drop_repeats")}
-    return settings["model"] | training | source | {"log (SHA-256)": settings["data"]["sha256"]}
+    fixed = settings["model"] | training | source | {"log (SHA-256)": settings["data"]["sha256"]}
+    return json.loads(json.dumps(fixed))

@@ -12,6 +12,7 @@ the same study.json.
 Symbols: V items, M test users, n seeds.
 """
 
+import contextlib
 import csv
 import io
 import os
@@ -24,7 +25,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from minirec import backend, runs
+from minirec import backend, files, runs
 from minirec.baselines import rank_baselines
 from minirec.data import Cases
 from minirec.decompose import RATIOS, decompose, summarise
@@ -82,7 +83,7 @@ def sensible(log):
 def grid(datasets, weightings, n_seeds, out):
     """Return the Jobs of a study in folder `out`, dataset by dataset, seed by seed.
 
-    Raises UserError where a folder holds a run with other settings.
+    Raises UserError where a folder holds a run with other settings, or a link leads it out of `out`.
     """
     jobs = [
         Job(dataset, attn, seed, out / dataset.name / f"{attn}-{seed}")
@@ -91,7 +92,9 @@ def grid(datasets, weightings, n_seeds, out):
         for attn in weightings
     ]
     for job in jobs:
-        if (job.folder / "state.npz").exists():
+        if not job.folder.resolve().is_relative_to(out.resolve()):
+            raise UserError(f"{job.folder}: a link that leads out of {out}; choose another --out")
+        if any((job.folder / name).exists() for name in (*runs.STATES, "analysis.json")):
             runs.check_same(job.folder, job.settings())
             records = load_records(job)
             if records[:-1] and finished(records[:-1], job.settings()["training"]):
@@ -111,6 +114,8 @@ def execute(job, on_epoch=None, stop=None):
     Returns whether it came to its end.
     """
     log, settings = job.dataset.log, job.settings()
+    with contextlib.suppress(OSError):  # one that does not count must not come to count as this run's
+        (job.folder / "analysis.json").unlink()
     _, complete = train(log, settings, job.folder, resume=True, on_epoch=on_epoch, stop=stop)
     return complete and analyse(log, settings, job.folder, stop)
 
@@ -145,9 +150,10 @@ def analyse(log, settings, folder, stop=None):
         if config.attn == "softmax":
             histories = [log.sequence[a:b] for a, b in zip(test.starts, test.stops)]
             analysis |= describe_mixing(decompose(parameters, config, histories, run))
-    runs.write_arrays(folder / "ranks.npz", ranks)
-    records = runs.read_json_lines(folder / "metrics.jsonl")
-    runs.write_json(folder / "analysis.json", analysis | {"epochs": len(records), "best_epoch": best(records)["epoch"]})
+    files.write_arrays(folder / "ranks.npz", ranks)
+    records = files.read_json_lines(folder / "metrics.jsonl")
+    analysis |= {"epochs": len(records), "best_epoch": best(records)["epoch"]}
+    files.write_json(folder / "analysis.json", analysis)
     return True
 
 
@@ -189,8 +195,8 @@ def load_analysis(job):
     if not records or not finished(records, job.settings()["training"]):
         return None
     try:
-        analysis = runs.read_json(job.folder / "analysis.json")
-        ranks = runs.read_arrays(job.folder / "ranks.npz")
+        analysis = files.read_json(job.folder / "analysis.json")
+        ranks = files.read_arrays(job.folder / "ranks.npz")
     except UserError:
         return None
     softmax, n_blocks = job.attn == "softmax", job.dataset.settings["model"]["n_blocks"]
@@ -205,7 +211,7 @@ def load_analysis(job):
 def load_records(job):
     """Return the lines of a run's metrics.jsonl, [] where there is none."""
     path = job.folder / "metrics.jsonl"
-    return runs.load_records(job.folder, len(runs.read_json_lines(path))) if path.exists() else []
+    return runs.load_records(job.folder, len(files.read_json_lines(path))) if path.exists() else []
 
 
 # All runs
@@ -233,7 +239,7 @@ def run_grid(jobs, n_processes, report, lock=None):
 
     Calls report(job, "epoch", record), report(job, "done", None) and report(job, "failed", message); a job that
     fails does not stop the others. Interrupted, the processes end, to go on another time. n_processes 0: one job
-    after the other in this process, as on a GPU, where one is enough to feed the device. lock: as from runs.locked.
+    after the other in this process, as on a GPU, where one is enough to feed the device. lock: as from files.locked.
     """
     if n_processes == 0:
         for job in jobs:
@@ -483,18 +489,18 @@ def write_results(out, results, rows):
     """
     header, before, lines = ["dataset", "arm", "seed", *rows[0][3]], {}, []
     if (out / "study.json").exists() and (out / "study.csv").exists():
-        found = runs.read_json(out / "study.json")
+        found = files.read_json(out / "study.json")
         before = found.get("datasets", {}) if isinstance(found, dict) else {}
         with open(out / "study.csv", encoding="utf-8", newline="") as file:
             found = list(csv.reader(file))
-        lines = [line for line in found[1:] if line[0] in before and line[0] not in results]
+        lines = [line for line in found[1:] if line and line[0] in before and line[0] not in results]
     everything = {name: result for name, result in before.items() if name not in results} | results
     for dataset, arm, seed, values in rows:
         lines.append([dataset, arm, "" if seed is None else seed, *(f"{value:.6f}" for value in values.values())])
     text = io.StringIO()
     csv.writer(text, lineterminator="\n").writerows([header, *lines])
-    runs.write_json(out / "study.json", {"datasets": everything})
-    runs.write(out / "study.csv", lambda file: file.write(text.getvalue().encode()))
+    files.write_json(out / "study.json", {"datasets": everything})
+    files.replace(out / "study.csv", lambda file: file.write(text.getvalue().encode()))
     return everything
 
 

@@ -11,7 +11,7 @@ from contextlib import nullcontext
 
 import numpy as np
 
-from minirec import backend, runs
+from minirec import backend, files, runs
 from minirec.data import Cases, batches, training_pairs, training_windows
 from minirec.errors import UserError
 from minirec.evaluate import metrics, rank_targets
@@ -53,9 +53,10 @@ def train(log, settings, folder, resume=False, on_step=None, on_epoch=None, stop
     with team, runs.opened(folder, resume) if writes else nullcontext():
         run = Progress(settings, folder, team, windows)
         if writes:
-            runs.write_json(folder / "config.json", settings)
-            runs.write_json(folder / "items.json", log.items)
-        while not finished(run.records, training):
+            files.write_json(folder / "config.json", settings)
+            files.write_json(folder / "items.json", log.items)
+        # Killed between the writes that end an epoch, a run repeats it: its parameters may be the checkpoint already.
+        while len(run.records) < run.recorded or not finished(run.records, training):
             if not run.take_steps(on_step, stop):
                 return run.records, False
             run.close_epoch(log.sequence, split.valid)
@@ -78,17 +79,19 @@ class Progress:
         self.config, self.training = runs.model_config(settings), settings["training"]
         self.starts, self.lengths = windows
         self.n_steps = -(-len(self.starts) // self.training["batch_size"])
-        state, self.records = team.ranks.share(self.load)
+        state, self.loaded, self.records, self.recorded = team.ranks.share(self.load)
         for name in Memory.NAMES:
             getattr(team, name)[...] = backend.to_device(state[name], team.xp)
         self.losses = backend.to_device(state["losses"], team.xp)
         self.step, self.seconds = int(state["step"]), float(state["seconds"])  # steps in all, seconds of this epoch
 
     def load(self):
-        """Return the state (see runs.load_state) and the records to go on from."""
-        state = runs.load_state(self.folder, self.settings, self.n_steps)
+        """Return the state to go on from and its file's name (see runs.load_state), the records of the epochs before
+        it, and how many records there are."""
+        state, name = runs.load_state(self.folder, self.settings, self.n_steps)
         state = state or initial_state(self.config, self.training["seed"], self.n_steps)
-        return state, runs.load_records(self.folder, int(state["step"]) // self.n_steps)
+        records = runs.load_records(self.folder, int(state["step"]) // self.n_steps)
+        return state, name, records, len(files.read_json_lines(self.folder / "metrics.jsonl"))
 
     def take_steps(self, on_step, stop):
         """Take the steps that are left of the current epoch; return False where stop() ended them."""
@@ -104,6 +107,7 @@ class Progress:
             if on_step:
                 on_step(epoch, i + 1, self.n_steps, self.losses[i] * self.team.ranks.size)
             if i + 1 < self.n_steps and stop and stop():
+                self.check_finite(backend.to_host(self.losses)[: i + 1])
                 self.save_state()
                 if not self.records:
                     self.save_checkpoint()
@@ -116,8 +120,7 @@ class Progress:
         losses = backend.to_host(self.losses).copy()  # waits for the device: all steps are done after it
         self.team.ranks.add_up(losses)
         self.seconds += time.perf_counter() - began
-        finite = bool(self.team.xp.isfinite(self.team.parameters).all())
-        check_finite(losses if finite else np.append(losses, np.nan), self.step - self.n_steps, self.training)
+        self.check_finite(losses)
         parameters, ranks = views(self.team.parameters, self.config), self.team.ranks
         share = Cases(*(column[ranks.rank :: ranks.size] for column in valid))
         with worker_map(self.training["workers"], self.team.xp) as run_map:
@@ -130,19 +133,27 @@ class Progress:
         self.seconds = 0.0
         if ranks.rank > 0:
             return
+        # The record comes before the checkpoint that it tells of, and the state comes last: a run that is killed before
+        # it repeats this epoch, to the same bits.
+        files.write_json_lines(self.folder / "metrics.jsonl", self.records)
         if best(self.records) is self.records[-1]:
             self.save_checkpoint()
-        # The state comes last: a run killed before it repeats this epoch, to the same bits.
-        runs.write_json_lines(self.folder / "metrics.jsonl", self.records)
         self.save_state()
 
+    def check_finite(self, losses):
+        """Raise UserError where a loss of this epoch's steps so far, or a parameter after them, is not finite."""
+        finite = bool(self.team.xp.isfinite(self.team.parameters).all())
+        check_finite(losses if finite else np.append(losses, np.nan), self.step - len(losses), self.training)
+
     def save_checkpoint(self):
-        runs.write_arrays(self.folder / "checkpoint.npz", views(backend.to_host(self.team.parameters), self.config))
+        files.write_arrays(self.folder / "checkpoint.npz", views(backend.to_host(self.team.parameters), self.config))
 
     def save_state(self):
         arrays = {name: backend.to_host(getattr(self.team, name)) for name in Memory.NAMES}
         arrays |= {"losses": backend.to_host(self.losses), "step": np.int64(self.step)}
-        runs.write_arrays(self.folder / "state.npz", arrays | {"seconds": np.float64(self.seconds)})
+        arrays |= {"seconds": np.float64(self.seconds)}
+        runs.save_state(self.folder, self.settings, arrays, keep_previous=self.loaded != runs.STATES[1])
+        self.loaded = runs.STATES[0]
 
 
 def initial_state(config, seed, n_steps):

@@ -15,7 +15,7 @@ import pytest
 from click.testing import CliRunner
 from conftest import ROOT, last_json, run_cli
 
-from minirec import runs
+from minirec import files, runs
 from minirec.decompose import RATIOS
 from minirec.evaluate import CUTOFFS
 
@@ -140,13 +140,19 @@ def test_gradcheck_prints_every_tensor(tmp_path):
     assert "blocks.1.attention.w_q" in process.stdout and "position_embedding" in process.stdout
 
 
+def start_training(folder, *arguments):
+    """A process that trains, with two workers, in a session of its own; returned after its first epoch."""
+    command = [sys.executable, str(ROOT / "cli.py"), "train", *arguments, "--out", "run", "--workers", "2"]
+    process = subprocess.Popen(command, cwd=folder, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    while "epoch   1" not in process.stderr.readline():
+        assert process.poll() is None
+    return process
+
+
 def test_ctrl_c_keeps_what_was_reached_and_resume_goes_on(tmp_path):
     whole = run_cli("train", "--epochs", 4, "--out", "whole", cwd=tmp_path)
     assert whole.returncode == 0
-    command = [sys.executable, str(ROOT / "cli.py"), "train", "--epochs", "4", "--out", "run", "--workers", "2"]
-    process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True, start_new_session=True)
-    while "epoch   1" not in process.stderr.readline():
-        pass
+    process = start_training(tmp_path, "--epochs", "4")
     time.sleep(0.1)
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to the workers too
     rest = process.communicate(timeout=60)[1]
@@ -156,16 +162,33 @@ def test_ctrl_c_keeps_what_was_reached_and_resume_goes_on(tmp_path):
     resumed = run_cli("train", "--resume", "--out", "run", cwd=tmp_path)
     assert resumed.returncode == 0, resumed.stderr
     for name in ("checkpoint.npz", "state.npz"):
-        first, second = (runs.read_arrays(tmp_path / folder / name) for folder in ("whole", "run"))
+        first, second = (files.read_arrays(tmp_path / folder / name) for folder in ("whole", "run"))
         for key in set(first) - {"seconds"}:
             np.testing.assert_array_equal(first[key], second[key])
 
 
+def test_a_run_in_use_is_left_alone_by_a_second_process(trained, tmp_path):
+    shutil.copytree(trained, tmp_path / "run")
+    with runs.opened(tmp_path / "run", resume=True):
+        process = run_cli("train", "--resume", "--epochs", 9, "--out", "run", cwd=tmp_path)
+    assert process.returncode == 1 and "run: in use by another process" in process.stderr.splitlines()[-1]
+
+
+def test_a_damaged_state_is_named_in_one_line_and_the_one_before_is_used(trained, tmp_path):
+    shutil.copytree(trained, tmp_path / "run")
+    os.truncate(tmp_path / "run/state.npz", 1000)
+    process = run_cli("train", "--resume", "--epochs", 2, "--out", "run", "--json", cwd=tmp_path)
+    assert last_json(process)["epochs"] == 2
+    (line,) = (line for line in process.stderr.splitlines() if "state.npz" in line)
+    assert line.startswith("run/state.npz: not a readable npz") and line.endswith("going on from state.previous.npz")
+    for name in runs.STATES:
+        (tmp_path / "run" / name).write_bytes(b"x")
+    process = run_cli("train", "--resume", "--epochs", 2, "--out", "run", cwd=tmp_path)
+    assert process.returncode == 1 and "state.previous.npz" in process.stderr.splitlines()[-1]
+
+
 def test_a_killed_run_leaves_no_worker_and_no_lock(tmp_path):
-    command = [sys.executable, str(ROOT / "cli.py"), "train", "--out", "run", "--workers", "2"]
-    process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True)
-    while "epoch   1" not in process.stderr.readline():
-        pass
+    process = start_training(tmp_path)
     process.kill()
     process.communicate(timeout=30)  # returns once the workers, too, have closed stderr
     resumed = run_cli("train", "--resume", "--epochs", 3, "--out", "run", cwd=tmp_path)
@@ -174,6 +197,7 @@ def test_a_killed_run_leaves_no_worker_and_no_lock(tmp_path):
 
 MISTAKES = {
     "missing log": (["train", "--data", "nowhere.txt"], 1, "nowhere.txt"),
+    "nothing to resume": (["train", "--resume", "--out", "nowhere"], 1, "no run to go on with"),
     "missing run": (["evaluate", "nowhere"], 1, "not a run folder"),
     "folder without a run": (["decompose", "."], 1, "not a run folder"),
     "heads": (["train", "--heads", 3], 2, "3 heads do not divide"),
@@ -278,6 +302,12 @@ DAMAGED = [
     ("config.json", lambda text: text.replace('"hidden_size": 64', '"hidden_size": 64.0')),
     ("config.json", lambda text: text.replace('"columns": null', '"columns": 5')),
     ("config.json", lambda text: text.replace('"batch_size": 128', '"batch_size": 0')),
+    ("config.json", lambda text: text.replace('"n_blocks": 2', '"n_blocks": 1000000000')),
+    ("config.json", lambda text: text.replace('"n_items": 200', '"n_items": 1' + "0" * 15)),
+    ("config.json", lambda text: text.replace('"path": "', '"path": "\\u0000')),
+    ("config.json", lambda text: text + " " * (1 << 20)),
+    ("items.json", lambda text: text.replace("item 3", "\\u001b[2J")),
+    ("items.json", lambda text: '["' + "x" * (1 << 22) + '"]'),
     ("items.json", lambda text: '["a"]'),
     ("items.json", lambda text: "[" * 100_000),
 ]
@@ -292,6 +322,7 @@ def test_damaged_run_files_are_named(trained, tmp_path, name, damage):
     path.write_text(damaged)
     process = run_cli("evaluate", "run", cwd=tmp_path)
     assert process.returncode == 1 and name in process.stderr and "Traceback" not in process.stderr
+    assert "\x1b" not in process.stderr and len(process.stderr) < 1000
 
 
 def test_out_of_memory_names_a_batch_size_to_try(tmp_path, monkeypatch):

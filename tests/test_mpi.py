@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from conftest import ROOT, last_json, run_cli
 
-from minirec import runs
+from minirec import files, runs
 from minirec.workers import Ranks
 
 LAUNCHER = shutil.which("mpiexec") or shutil.which("mpiexec", path=str(Path(sys.executable).parent))
@@ -61,7 +61,7 @@ def test_equal_rank_counts_give_equal_bits_and_a_killed_rank_ends_the_job_that_t
     assert process.returncode != 0 and time.monotonic() - began < 20
     assert run_mpi(2, *SHORT, "--epochs", 4, "--out", "killed", "--resume", cwd=tmp_path).returncode == 0
     assert records(tmp_path / "killed") == records(tmp_path / "whole")
-    whole, killed = (runs.read_arrays(tmp_path / name / "checkpoint.npz") for name in ("whole", "killed"))
+    whole, killed = (files.read_arrays(tmp_path / name / "checkpoint.npz") for name in ("whole", "killed"))
     for name in whole:
         np.testing.assert_array_equal(killed[name], whole[name])
     assert sorted(f.name for f in (tmp_path / "killed").iterdir()) == sorted(runs.FILES)

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from conftest import run_cli
 
-from minirec import decompose, evaluate, model, report, runs, statistics, study
+from minirec import decompose, evaluate, files, model, report, runs, statistics, study
 from minirec.data import Log, leave_one_out
 from minirec.errors import UserError
 
@@ -175,7 +175,7 @@ def test_mixing_and_curves_are_those_of_the_run(trained, found):
     for shown, expected in zip(found["mixing"]["blocks"], summary["blocks"]):
         assert shown["entropy"]["mean"] == pytest.approx(expected["entropy"]["mean"], rel=1e-4)
     assert found["mixing"]["latest"]["attn"]["median"] == pytest.approx(summary["latest"]["attn"]["median"], rel=1e-4)
-    records = runs.read_json_lines(trained / "metrics.jsonl")
+    records = files.read_json_lines(trained / "metrics.jsonl")
     assert found["curves"]["loss"] == report.rounded([record["loss"] for record in records])
     assert found["best_epoch"] == max(records, key=lambda r: r["NDCG@10"])["epoch"]
 

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from conftest import ROOT, last_json, run_cli
 
-from minirec import baselines, data, evaluate, planted, runs, statistics, study
+from minirec import baselines, data, evaluate, files, planted, runs, statistics, study
 from minirec.errors import UserError
 
 pytest.importorskip("scipy", reason="the study needs scipy")
@@ -105,6 +105,49 @@ def test_a_finished_run_is_not_repeated_and_other_settings_are_refused(finished,
     assert before == {path: path.stat().st_mtime_ns for path in folder.glob("small/*/*")}
     other = run_cli("study", "--data", log_path, *QUICK, "--dropout", 0.3, "--out", folder, cwd=folder.parent)
     assert other.returncode == 1 and "was trained with dropout 0.2, not 0.3" in other.stderr
+
+
+def test_a_study_of_an_older_version_is_summarised_where_its_runs_are_finished(finished, log_path, tmp_path):
+    folder, printed = finished
+    shutil.copytree(folder, tmp_path / "out")
+    for path in (tmp_path / "out").glob("small/*/state.npz"):
+        (path.parent / "state.previous.npz").unlink()
+        arrays = files.read_arrays(path)
+        files.write_arrays(path, {name: arrays[name] for name in arrays if name not in ("version", "settings")})
+    again = run_cli("study", "--data", log_path, *QUICK, "--out", "out", "--json", cwd=tmp_path)
+    assert last_json(again) == printed and "6 of 6 runs are finished already" in again.stderr
+    more = run_cli("study", "--data", log_path, *QUICK, "--epochs", 3, "--out", "out", cwd=tmp_path)
+    assert more.returncode == 1 and "state.npz: written by another version" in more.stderr
+
+
+def test_a_study_in_use_is_left_alone_by_a_second_process(log_path, tmp_path):
+    files.make_folder(tmp_path / "out")
+    with files.locked(tmp_path / "out"):
+        process = run_cli("study", "--data", log_path, *QUICK, "--out", "out", cwd=tmp_path)
+    assert process.returncode == 1 and "out: in use by another process" in process.stderr.splitlines()[-1]
+    assert not list((tmp_path / "out").iterdir())
+
+
+def test_no_link_leads_a_study_out_of_its_folder(log_path, tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/small").symlink_to(tmp_path / "elsewhere")
+    process = run_cli("study", "--data", log_path, *QUICK, "--out", "out", cwd=tmp_path)
+    assert process.returncode == 1 and "a link that leads out of out" in process.stderr.splitlines()[-1]
+    assert not list((tmp_path / "elsewhere").iterdir())
+
+
+def test_an_analysis_is_that_of_the_run_beside_it(finished, tmp_path):
+    folder, _ = finished
+    shutil.copytree(folder, tmp_path / "out")
+    job = job_of(tmp_path / "out")
+    (job.folder / "state.npz").unlink()  # another run may now begin here, but this one's results are not its own
+    other = job.dataset._replace(settings=job.settings() | {"data": job.settings()["data"] | {"k_core": 2}})
+    with pytest.raises(UserError, match="was trained with k_core 1, not 2"):
+        study.grid([other], ["softmax"], 1, tmp_path / "out")
+    with pytest.warns(UserWarning, match="going on from state.previous.npz"):
+        study.execute(job_of(tmp_path / "out", epochs=3), stop=lambda: True)
+    assert not (job.folder / "analysis.json").exists()
 
 
 def test_a_run_that_fails_is_named_and_does_not_stop_the_others(log_path, tmp_path):
@@ -248,7 +291,7 @@ def test_a_damaged_analysis_is_made_again(finished, tmp_path, name, content):
     assert results["small"]["metrics"]["softmax"]["HR@10"]["mean"] <= 1
     assert (
         study.load_analysis(job)[0]["mixing"]["all"]
-        == runs.read_json(folder / "small/softmax-0/analysis.json")["mixing"]["all"]
+        == files.read_json(folder / "small/softmax-0/analysis.json")["mixing"]["all"]
     )
 
 

@@ -1,19 +1,25 @@
 """The training loop and its run folder: same bits again, stopped, killed and resumed; nothing half-written."""
 
+import itertools
 import json
 import math
+import multiprocessing
+import os
+import shutil
+import sys
 from dataclasses import asdict
 
 import numpy as np
 import pytest
 
-from minirec import data, evaluate, runs
+from minirec import data, evaluate, files, runs
 from minirec.errors import UserError
 from minirec.loss import LOSSES
 from minirec.model import Config, init_parameters
 from minirec.train import best, check_finite, finished, train
 
 FILES = sorted(runs.FILES)
+DEAD = 77  # an exit status
 
 
 @pytest.fixture
@@ -36,12 +42,15 @@ def small():
 
 
 def content(folder):
-    """Everything in a run folder but the seconds that it took."""
+    """Everything in a run folder but the seconds that it took, and the state before the last."""
     assert sorted(f.name for f in folder.iterdir()) == FILES
-    arrays = {f"{n}/{k}": v for n in ("checkpoint", "state") for k, v in runs.read_arrays(folder / f"{n}.npz").items()}
-    del arrays["state/seconds"]
-    records = runs.read_json_lines(folder / "metrics.jsonl")
-    return {name: value.tobytes() for name, value in arrays.items()}, [r | {"train_seconds": 0} for r in records]
+    records = [r | {"train_seconds": 0} for r in files.read_json_lines(folder / "metrics.jsonl")]
+    return state_of(folder, "checkpoint.npz"), state_of(folder), records
+
+
+def state_of(folder, name="state.npz"):
+    """The arrays of a file as bytes, but for the seconds."""
+    return {name: value.tobytes() for name, value in files.read_arrays(folder / name).items() if name != "seconds"}
 
 
 def test_a_run_leaves_what_the_contract_says(small, tmp_path):
@@ -50,7 +59,7 @@ def test_a_run_leaves_what_the_contract_says(small, tmp_path):
     assert complete and len(records) == 3
     assert sorted(f.name for f in (tmp_path / "run").iterdir()) == FILES
     assert json.loads((tmp_path / "run/items.json").read_text()) == log.items
-    assert records == runs.read_json_lines(tmp_path / "run/metrics.jsonl")
+    assert records == files.read_json_lines(tmp_path / "run/metrics.jsonl")
     n_steps = math.ceil(len(data.training_windows(log, data.leave_one_out(log), 6)[0]) / 16)
     for epoch, record in enumerate(records, 1):
         assert record["epoch"] == epoch and record["steps"] == n_steps
@@ -91,32 +100,52 @@ def test_stopped_after_any_step_and_resumed_gives_the_same_bits(small, tmp_path,
     assert content(tmp_path / "run") == content(tmp_path / "whole")
 
 
-@pytest.mark.parametrize("stage", ["checkpoint.npz", "metrics.jsonl", "state.npz"])
-@pytest.mark.parametrize("moment", ["before", "half", "after"])
-def test_killed_around_any_write_and_resumed_gives_the_same_bits(small, tmp_path, monkeypatch, stage, moment):
+def die_at_call(n, log, settings, folder):
+    """A process of its own: train, and die without a word at the n-th call that changes what is on disk."""
+    calls = itertools.count(1)
+
+    def dying(call):
+        def wrapped(*arguments, **options):
+            if next(calls) == n:
+                os._exit(DEAD)
+            return call(*arguments, **options)
+
+        return wrapped
+
+    for name in ("fsync", "link", "replace"):
+        setattr(os, name, dying(getattr(os, name)))
+    train(log, settings, folder)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs processes that can be forked")
+def test_killed_at_any_call_that_changes_the_disk_and_resumed_gives_the_same_bits(small, tmp_path):
+    log, settings = small
+    settings["training"] |= {"epochs": 2, "batch_size": 60}
+    train(log, settings, tmp_path / "whole")
+    for n in itertools.count(1):
+        folder = tmp_path / f"run-{n}"
+        process = multiprocessing.get_context("fork").Process(target=die_at_call, args=(n, log, settings, folder))
+        process.start()
+        process.join()
+        if process.exitcode == 0:  # there are fewer calls
+            break
+        assert process.exitcode == DEAD
+        train(log, settings, folder, resume=True)
+        assert content(folder) == content(tmp_path / "whole"), n
+        assert state_of(folder, "state.previous.npz") == state_of(tmp_path / "whole", "state.previous.npz"), n
+    assert n > 2 * (4 + 3 * 2)  # an epoch writes three files, each a file and a folder synced, and keeps one
+
+
+def test_an_epoch_that_was_recorded_is_not_taken_back(small, tmp_path):
+    """Its parameters may be the checkpoint already: even with --epochs below it the run repeats it."""
     log, settings = small
     train(log, settings, tmp_path / "whole")
-    real_write, count = runs.write, []
-
-    class Killed(BaseException):
-        pass
-
-    def write(path, fill):
-        if path.name == stage:
-            count.append(1)
-            if len(count) == 2:  # the second time, so that there is something to lose
-                if moment == "half":
-                    path.with_name(f".{path.name}.tmp").write_bytes(b"half of")
-                if moment == "after":
-                    real_write(path, fill)
-                raise Killed
-        real_write(path, fill)
-
-    monkeypatch.setattr(runs, "write", write)
-    with pytest.raises(Killed):
-        train(log, settings, tmp_path / "run")
-    monkeypatch.setattr(runs, "write", real_write)
-    train(log, settings, tmp_path / "run", resume=True)
+    assert best(files.read_json_lines(tmp_path / "whole/metrics.jsonl"))["epoch"] == 3
+    shutil.copytree(tmp_path / "whole", tmp_path / "run")
+    (tmp_path / "run/state.previous.npz").replace(tmp_path / "run/state.npz")
+    settings["training"]["epochs"] = 2
+    records, complete = train(log, settings, tmp_path / "run", resume=True)
+    assert complete and len(records) == 3
     assert content(tmp_path / "run") == content(tmp_path / "whole")
 
 
@@ -165,13 +194,95 @@ def test_a_folder_that_holds_something_else_is_left_alone(small, tmp_path):
     assert [f.name for f in tmp_path.iterdir()] == ["thesis.tex"]
 
 
-def test_a_truncated_state_is_named(small, tmp_path):
+def rewrite(path, **changes):
+    """Write an npz file again with some arrays changed, or left out where they are None."""
+    arrays = files.read_arrays(path) | changes
+    files.write_arrays(path, {name: value for name, value in arrays.items() if value is not None})
+
+
+def flip_a_bit(path):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1  # in the moments
+    path.write_bytes(content)
+
+
+REFUSED = {  # what may have become of state.npz, and how it is named
+    "truncated": (lambda path: os.truncate(path, path.stat().st_size - 200), "not a readable npz"),
+    "empty": (lambda path: os.truncate(path, 0), "not a readable npz"),
+    "flipped bits": (flip_a_bit, "not a readable npz"),
+    "gone": (lambda path: path.unlink(), "no such file"),
+    "an older version": (lambda path: rewrite(path, version=None, settings=None), "another version"),
+    "a newer version": (lambda path: rewrite(path, version=np.int64(3)), "another version"),
+    "a strange version": (lambda path: rewrite(path, version=np.array([{}], object).astype(str)), "another version"),
+    "other settings": (lambda path: rewrite(path, settings=np.str_("0" * 64)), "other settings"),
+    "other arrays": (lambda path: rewrite(path, losses=np.zeros(3)), "damaged"),
+    "an array too many": (lambda path: rewrite(path, extra=np.zeros(3)), "damaged"),
+    "no time": (lambda path: rewrite(path, seconds=np.float64("nan")), "damaged: step 12, nan seconds"),
+}
+
+
+@pytest.mark.parametrize("damage, named", REFUSED.values(), ids=REFUSED)
+def test_a_state_that_will_not_do_is_named_and_the_one_before_goes_on_to_the_same_bits(small, tmp_path, damage, named):
+    log, settings = small
+    train(log, settings, tmp_path / "whole")
+    shutil.copytree(tmp_path / "whole", tmp_path / "run")
+    damage(tmp_path / "run/state.npz")
+    with pytest.warns(UserWarning, match=f"state.npz: .*{named}.*; going on from state.previous.npz"):
+        records, complete = train(log, settings, tmp_path / "run", resume=True)
+    assert complete and len(records) == 3
+    assert content(tmp_path / "run") == content(tmp_path / "whole")
+    assert state_of(tmp_path / "run", "state.previous.npz") == state_of(tmp_path / "whole", "state.previous.npz")
+
+
+def test_without_a_good_state_nothing_is_changed(small, tmp_path):
     log, settings = small
     train(log, settings, tmp_path / "run")
-    state = tmp_path / "run/state.npz"
-    state.write_bytes(state.read_bytes()[:-200])
-    with pytest.raises(UserError, match="state.npz"):
-        train(log, settings, tmp_path / "run", resume=True)
+    os.truncate(tmp_path / "run/state.npz", 99)
+    rewrite(tmp_path / "run/state.previous.npz", version=None)
+    before = {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in (tmp_path / "run").iterdir()}
+    for epochs in (3, 5):
+        settings["training"]["epochs"] = epochs
+        with pytest.raises(UserError, match="state.npz: not.*state.previous.npz: written by another.*another --out"):
+            train(log, settings, tmp_path / "run", resume=True)
+        assert before == {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in (tmp_path / "run").iterdir()}
+
+
+def test_a_state_that_will_not_do_never_takes_the_place_of_the_one_before(small, tmp_path, monkeypatch):
+    log, settings = small
+    train(log, settings, tmp_path / "run")
+    good = state_of(tmp_path / "run", "state.previous.npz")
+    os.truncate(tmp_path / "run/state.npz", 99)
+    settings["training"]["epochs"] = 9
+    with pytest.warns(UserWarning, match="going on"):
+        train(log, settings, tmp_path / "run", resume=True, stop=lambda: True)  # after one step, with its state saved
+    assert state_of(tmp_path / "run", "state.previous.npz") == good != state_of(tmp_path / "run")
+    train(log, settings, tmp_path / "run", resume=True)
+    assert len(files.read_json_lines(tmp_path / "run/metrics.jsonl")) == 9
+
+
+def test_a_folder_without_a_state_is_started_afresh_and_keeps_nothing_of_another_run(small, tmp_path):
+    log, settings = small
+    train(log, settings, tmp_path / "whole")
+    settings["training"] |= {"seed": 5, "epochs": 4}
+    train(log, settings, tmp_path / "run")
+    (tmp_path / "run/state.npz").unlink()
+    settings["training"] |= {"seed": 1, "epochs": 3}
+    steps = []
+    train(log, settings, tmp_path / "run", on_step=lambda *_: steps.append(sorted(os.listdir(tmp_path / "run"))))
+    assert steps[0] == ["config.json", "items.json"]
+    assert content(tmp_path / "run") == content(tmp_path / "whole")
+
+
+def test_settings_are_the_same_however_they_are_written(small, tmp_path):
+    log, settings = small
+    settings["model"] |= {"attn": ("softmax", "uniform"), "dropout": 0}
+    settings["training"] |= {"lr": 1, "epochs": 1}
+    train(log, settings, tmp_path / "run")
+    again = json.loads((tmp_path / "run/config.json").read_text())
+    again["training"] |= {"lr": 1.0, "epochs": 2, "patience": 3, "workers": 2}
+    again["model"]["dropout"] = 0.0
+    records, _ = train(log, again, tmp_path / "run", resume=True)
+    assert len(records) == 2
 
 
 @pytest.mark.parametrize("records", [None, '{"epoch": 1}\n', "1\n2\n3\n"])
@@ -191,6 +302,52 @@ def test_parameters_that_are_not_finite_are_never_kept(small, tmp_path):
     with pytest.raises(UserError, match="--lr"):
         train(log, settings, tmp_path / "run")
     assert not (tmp_path / "run/checkpoint.npz").exists()
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+def test_a_loss_that_is_not_finite_is_no_state_to_stop_in(small, tmp_path):
+    log, settings = small
+    train(log, settings | {"training": settings["training"] | {"epochs": 1}}, tmp_path / "run")
+    before = (tmp_path / "run/state.npz").read_bytes()
+    settings["training"]["lr"] = 1e300
+    steps = []
+    with pytest.raises(UserError, match="lr 0.01, not 1e.300"):
+        train(log, settings, tmp_path / "run", resume=True)
+    with pytest.raises(UserError, match="at step [23] .*--lr"):
+        train(log, settings, tmp_path / "new", on_step=lambda *_: steps.append(1), stop=lambda: len(steps) == 3)
+    assert (tmp_path / "run/state.npz").read_bytes() == before
+    assert sorted(f.name for f in (tmp_path / "new").iterdir()) == ["config.json", "items.json"]
+
+
+def test_a_run_that_cannot_be_started_leaves_no_folder(small, tmp_path, monkeypatch):
+    log, settings = small
+
+    def fail(*_):
+        raise UserError("config.json: cannot be written (No space left on device)")
+
+    monkeypatch.setattr(files, "write_json", fail)
+    with pytest.raises(UserError, match="No space left"):
+        train(log, settings, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("name", runs.FILES)
+def test_a_link_in_a_run_folder_is_never_written_through(small, tmp_path, name):
+    log, settings = small
+    train(log, settings, tmp_path / "run")
+    shutil.copy(tmp_path / "run" / name, tmp_path / "precious")
+    before = (tmp_path / "precious").read_bytes()
+    (tmp_path / "run" / name).unlink()
+    (tmp_path / "run" / name).symlink_to(tmp_path / "precious")
+    (tmp_path / "run" / f".{name}.tmp").symlink_to(tmp_path / "precious")
+    settings["training"]["epochs"] = 5
+    with pytest.raises(UserError, match=f"{name}: a regular file belongs here"):
+        train(log, settings, tmp_path / "run", resume=True)
+    (tmp_path / "run" / name).unlink()
+    shutil.copy(tmp_path / "precious", tmp_path / "run" / name)
+    train(log, settings, tmp_path / "run", resume=True)
+    assert (tmp_path / "precious").read_bytes() == before
+    assert sorted(f.name for f in (tmp_path / "run").iterdir()) == FILES
 
 
 def test_nothing_to_train_on_leaves_no_folder(small, tmp_path):
@@ -223,5 +380,5 @@ def test_a_checkpoint_is_verified_against_the_settings(small, tmp_path):
     (tmp_path / "checkpoint.npz").write_bytes(b"not a zip")
     with pytest.raises(UserError, match="not a readable npz"):
         runs.load_parameters(tmp_path, config)
-    runs.write_arrays(tmp_path / "checkpoint.npz", good)
+    files.write_arrays(tmp_path / "checkpoint.npz", good)
     assert list(runs.load_parameters(tmp_path, config)) == list(good)

@@ -1,0 +1,227 @@
+"""Files: written so that no crash can damage them, read so that no content can do harm.
+
+A file is written beside its final name, synced and renamed: it is the old one or the new one, never half of
+one. What is read is data, perhaps a stranger's: nothing is unpickled, a link or a pipe in a file's place is
+refused, and sizes are looked at before anything of that size is made.
+"""
+
+import contextlib
+import json
+import math
+import os
+import shutil
+import stat
+import zipfile
+from pathlib import Path
+
+import numpy as np
+
+from minirec.errors import UserError
+
+LARGEST_JSON = 1 << 26  # bytes
+
+
+# Writing
+
+
+def write(path, fill):
+    """Write the file that a person named, by fill(file). A link's target is written, a device or a pipe into."""
+    path = Path(os.path.realpath(path))
+    if not os.path.exists(path) or os.path.isfile(path) or os.path.isdir(path):
+        replace(path, fill)
+        return
+    try:
+        with open(path, "wb") as file:
+            fill(file)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written ({error.strerror or error})") from None
+
+
+def replace(path, fill, previous=None):
+    """Write a file by fill(file): all of it, or, whatever happens, none.
+
+    previous: the path at which the file that was there before is kept. Raises UserError where it cannot be
+    written, or where something else than a file is in its place: a link could lead anywhere.
+    """
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        check_regular(path)
+        temporary.unlink(missing_ok=True)
+        with open(temporary, "xb") as file:  # x: never into what a stranger's link points to
+            fill(file)
+            file.flush()
+            os.fsync(file.fileno())
+        if previous and path.exists():
+            _keep(path, previous)
+        os.replace(temporary, path)
+    except BaseException as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        if isinstance(error, OSError):
+            raise UserError(f"{path}: cannot be written ({error.strerror or error})") from None
+        raise
+    if hasattr(os, "O_DIRECTORY"):  # the rename itself must reach the disk too, where a folder can be synced
+        with contextlib.suppress(OSError):
+            folder = os.open(path.parent, os.O_DIRECTORY)
+            os.fsync(folder)
+            os.close(folder)
+
+
+def _keep(path, previous):
+    """Make `previous` a second name of a file; there is no moment at which either name holds nothing whole."""
+    temporary = previous.with_name(f".{previous.name}.tmp")
+    temporary.unlink(missing_ok=True)
+    try:
+        os.link(path, temporary)
+    except OSError:  # some file systems have no second names
+        with open(path, "rb") as file:
+            replace(previous, lambda copy: shutil.copyfileobj(file, copy))
+        return
+    os.replace(temporary, previous)
+    temporary.unlink(missing_ok=True)  # renaming does nothing where both are names of one file already
+
+
+def write_json(path, value):
+    """Write a JSON file; NaN and infinity are refused."""
+    text = json.dumps(value, indent=1, allow_nan=False) + "\n"
+    replace(path, lambda file: file.write(text.encode()))
+
+
+def write_json_lines(path, values):
+    """Write a file of one JSON object a line."""
+    text = "".join(json.dumps(value, allow_nan=False) + "\n" for value in values)
+    replace(path, lambda file: file.write(text.encode()))
+
+
+def write_arrays(path, arrays, previous=None):
+    """Write {name: array} as an npz file; previous: see replace."""
+    replace(path, lambda file: np.savez(file, **arrays), previous)
+
+
+# Reading
+
+
+def check_regular(path):
+    """Raise UserError where something else than a regular file is in a file's place."""
+    if os.path.lexists(path) and not stat.S_ISREG(os.lstat(path).st_mode):
+        raise UserError(f"{path}: a regular file belongs here, not a link, a folder or a device")
+
+
+@contextlib.contextmanager
+def opened(path, largest=None):
+    """Open a regular file to read its bytes; largest: how many it may have. Raises UserError."""
+    guards = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)  # neither led away nor kept waiting
+    try:
+        check_regular(path)
+        with open(path, "rb", opener=lambda path, flags: os.open(path, flags | guards)) as file:
+            size = os.fstat(file.fileno()).st_size
+            if largest is not None and size > largest:
+                raise UserError(f"{path}: {size:,} bytes long, where at most {largest:,} make sense")
+            yield file
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file") from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror or error})") from None
+
+
+def read_json(path, largest=LARGEST_JSON):
+    """Read a JSON file; largest: see opened."""
+    with opened(path, largest) as file:
+        try:
+            return json.loads(file.read().decode())
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"{path}: not valid JSON ({error})") from None
+
+
+def read_json_lines(path):
+    """Read a file of one JSON object a line; a missing file is an empty one."""
+    if not os.path.lexists(path):
+        return []
+    with opened(path, LARGEST_JSON) as file:
+        try:
+            return [json.loads(line) for line in file.read().decode().splitlines()]
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"{path}: not readable as JSON lines ({error})") from None
+
+
+@contextlib.contextmanager
+def opened_arrays(path):
+    """Open an npz file; yield {name: (shape, dtype)}, and read(name), which returns that array.
+
+    The arrays' headers alone are read at first, and what they announce lies in the file, byte for byte: so no
+    file makes anything larger than itself. Raises UserError, also for what is wrong with a read(name).
+    """
+    with opened(path) as file:
+        try:
+            with zipfile.ZipFile(file) as archive:
+                members = {member.filename.removesuffix(".npy"): member for member in archive.infolist()}
+                if sum(member.file_size for member in archive.infolist()) > os.fstat(file.fileno()).st_size:
+                    raise ValueError("it announces more than it holds")
+
+                def read(name):
+                    with archive.open(members[name]) as array:
+                        return np.lib.format.read_array(array, allow_pickle=False)
+
+                yield {name: _read_header(archive, member) for name, member in members.items()}, read
+        except (UserError, MemoryError):
+            raise
+        except Exception as error:  # a damaged zip raises errors of many kinds
+            reason = (str(error) or type(error).__name__).splitlines()[0]
+            raise UserError(f"{path}: not a readable npz file ({reason})") from None
+
+
+def _read_header(archive, member):
+    """Return shape and dtype of an array in an npz file. Raises ValueError where its bytes cannot be those."""
+    if member.compress_type != zipfile.ZIP_STORED:
+        raise ValueError(f"{member.filename} is compressed")
+    with archive.open(member) as file:
+        if np.lib.format.read_magic(file) != (1, 0):
+            raise ValueError(f"{member.filename} is of another version of the npy format")
+        shape, _, dtype = np.lib.format.read_array_header_1_0(file)
+        size = dtype.itemsize * math.prod(shape)
+        if dtype.hasobject or min(shape, default=0) < 0 or size != member.file_size - file.tell():
+            raise ValueError(f"{member.filename} is not what its header says")
+    return shape, dtype
+
+
+def read_arrays(path):
+    """Read an npz file as {name: array}."""
+    with opened_arrays(path) as (headers, read):
+        return {name: read(name) for name in headers}
+
+
+# Folders
+
+
+def make_folder(folder):
+    """Create a folder where there is none."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be made a folder ({error.strerror or error})") from None
+
+
+@contextlib.contextmanager
+def locked(folder):
+    """Hold a folder for as long as the context lasts; yield the handle that does. Raises UserError where another
+    process holds it."""
+    try:
+        import fcntl
+    except ImportError:  # Windows has no flock; one process at a time is then up to the user
+        yield None
+        return
+    try:
+        handle = os.open(folder, os.O_RDONLY)  # a lock on the folder itself leaves no file behind
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be opened ({error.strerror or error})") from None
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(handle)
+        raise UserError(f"{folder}: in use by another process; wait for it, or choose another --out") from None
+    except OSError:
+        pass  # some network file systems know no locks
+    try:
+        yield handle
+    finally:
+        os.close(handle)
