@@ -188,6 +188,8 @@ def main(ctx):
         click.echo(THE_WAY)
     warnings.simplefilter("ignore", RuntimeWarning)  # overflow and NaN are caught, and named, where they matter
     warnings.showwarning = lambda message, *_: say(one_line(message))
+    if launched_rank() is None:
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # what batch systems send: as Ctrl-C
     if launched_rank() and ctx.invoked_subcommand not in ("train", "study"):
         ctx.exit()  # the first rank is enough for it
 
@@ -364,7 +366,7 @@ def log_name(path):
 
 @contextmanager
 def interruptible():
-    """Yield an event that the first Ctrl-C sets; a second one interrupts at once."""
+    """Yield an event that the first Ctrl-C, or SIGTERM, sets; a second one interrupts at once."""
     asked_to_stop = threading.Event()
 
     def on_signal(*_):
@@ -373,11 +375,12 @@ def interruptible():
         asked_to_stop.set()
         say("\nstopping after this step; press Ctrl-C again to stop at once")
 
-    before = signal.signal(signal.SIGINT, on_signal)
+    before = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield asked_to_stop
     finally:
-        signal.signal(signal.SIGINT, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _train_with_progress(log, settings, folder, resume, asked_to_stop, ranks):

@@ -33,7 +33,7 @@ from minirec.errors import UserError
 from minirec.evaluate import MISS, metrics, rank_targets, user_values
 from minirec.statistics import JUDGED_BY, METRICS, compare, doubts, judge, mean_g, regime
 from minirec.train import best, finished, train
-from minirec.workers import PROCESSES, worker_map
+from minirec.workers import PROCESSES, die_with_parent, worker_map
 
 COMPARED = {"weighting": ("softmax", "uniform"), "integration": ("uniform", "identity")}
 DENSE = 0.02  # share of all user-item pairs; such logs take a dropout of 0.2, sparser ones of 0.5, as in the paper
@@ -277,7 +277,9 @@ def _run_job(connection, job, parent, lock):
     """The process of one job: send what happens to the parent; end when that is gone, and hold no lock of its."""
     if lock is not None and PROCESSES.get_start_method() == "fork":
         os.close(lock)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent to handle
+    die_with_parent()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent to handle,
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # which then ends its runs with this
     np.seterr(all="ignore")  # a loss that is not finite is found, and named, at the end of an epoch
     connection.send(
         outcome(job, lambda record: connection.send(("epoch", record)), stop=lambda: os.getppid() != parent)

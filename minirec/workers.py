@@ -39,6 +39,7 @@ from minirec.optimizer import adam_step
 UPDATE_SIZE = 1 << 16  # parameters that Adam updates at a time: they and their moments stay in cache
 NO_LANE = 1 << 16  # the negatives' stream, which no lane's dropout shares, and which every backend draws alike
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # from glibc's malloc.h
+PR_SET_PDEATHSIG = 1  # from Linux's prctl.h
 MALLOC_KEEPS = 64 << 20  # bytes
 SMALLER = "try a smaller --hidden or --max-length, or --loss sampled for many items"
 # A forked worker starts at once and shares the log's memory, but not every system's BLAS survives a fork.
@@ -61,6 +62,15 @@ def keep_freed_memory():
         if hasattr(libc, "mallopt"):  # other C libraries have none
             libc.mallopt(M_MMAP_THRESHOLD, MALLOC_KEEPS)
             libc.mallopt(M_TRIM_THRESHOLD, MALLOC_KEEPS)
+
+
+def die_with_parent():
+    """Ask Linux to kill this process as soon as its parent is gone, whatever it is busy with.
+
+    It would hold the lock on its run folder until then.
+    """
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 @contextlib.contextmanager
@@ -345,7 +355,8 @@ def sum_lanes(gradients):
 
 def serve(connection, others, memory, config, sequence, sampling, rank, n):
     """A worker process, on NumPy: do what the parent sends until it closes the connection, or is gone."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent to handle
+    for number in (signal.SIGINT, signal.SIGTERM):  # the parent handles them: this step is still to be done
+        signal.signal(number, signal.SIG_IGN)
     for other in others:  # copies of the parent's ends, which would keep the connections open after it
         other.close()
     with threadpool_limits(1, "blas"), contextlib.suppress(EOFError, OSError):
@@ -379,8 +390,13 @@ class Team:
             self.connections.append(ours)
             others = self.connections if PROCESSES.get_start_method() == "fork" else []
             arguments = (theirs, others, memory, config, sequence, sampling, rank, n)
-            self.processes.append(PROCESSES.Process(target=serve, args=arguments, daemon=True))
-            self.processes[-1].start()
+            process = PROCESSES.Process(target=serve, args=arguments, daemon=True)
+            try:
+                process.start()
+            except OSError as error:
+                self._end()
+                raise UserError(f"no process for {n} workers ({error.strerror}); try fewer --workers") from None
+            self.processes.append(process)
             theirs.close()  # so that the connection breaks if the worker dies
 
     def __enter__(self):
@@ -388,11 +404,14 @@ class Team:
         return self
 
     def __exit__(self, *_):
+        self._end()
+        self.limits.restore_original_limits()
+
+    def _end(self):
         for connection in self.connections:
             connection.close()
         for process in self.processes:
             process.join()
-        self.limits.restore_original_limits()
 
     def _all(self, method, *arguments):
         """Call a method on every worker; return the results in the order of ranks."""

@@ -167,6 +167,15 @@ def test_ctrl_c_keeps_what_was_reached_and_resume_goes_on(tmp_path):
             np.testing.assert_array_equal(first[key], second[key])
 
 
+def test_sigterm_to_a_whole_session_is_a_stop_too(tmp_path):
+    process = start_training(tmp_path)
+    os.killpg(process.pid, signal.SIGTERM)  # as a batch system does
+    rest = process.communicate(timeout=60)[1]
+    assert process.returncode == 130 and "train --resume --out run" in rest.splitlines()[-1]
+    records = files.read_json_lines(tmp_path / "run/metrics.jsonl")
+    assert len(records) == files.read_arrays(tmp_path / "run/state.npz")["step"] // records[0]["steps"]
+
+
 def test_a_run_in_use_is_left_alone_by_a_second_process(trained, tmp_path):
     shutil.copytree(trained, tmp_path / "run")
     with runs.opened(tmp_path / "run", resume=True):

@@ -163,3 +163,18 @@ def test_only_touched_rows_move_and_by_the_step_of_dense_adam(loss):
         np.testing.assert_allclose(team.parameters, before, atol=1e-4)  # of steps of 0.01; g = 0 moves nothing
         untouched = np.delete(np.arange(500), table)
         assert len(untouched) and (team.first_moment[:d].reshape(-1, 8)[untouched] == 0).all()
+
+
+def test_without_room_for_a_process_no_worker_is_left(monkeypatch):
+    started, real_start = [], multiprocessing.process.BaseProcess.start
+
+    def start(process):
+        if started:
+            raise OSError(11, "Resource temporarily unavailable")
+        real_start(process)
+        started.append(process)
+
+    monkeypatch.setattr(multiprocessing.process.BaseProcess, "start", start)
+    with pytest.raises(UserError, match="no process for 3 workers .*fewer --workers"):
+        Team(CONFIG, np.zeros(9, np.int32), np, 3)
+    assert not started[0].is_alive()
