@@ -176,6 +176,13 @@ def test_sigterm_to_a_whole_session_is_a_stop_too(tmp_path):
     assert len(records) == files.read_arrays(tmp_path / "run/state.npz")["step"] // records[0]["steps"]
 
 
+def test_runs_killed_at_random_moments_end_in_the_same_bits():
+    command = [sys.executable, str(ROOT / "tests/benchmarks/kills.py"), "--kills", "3", "--study-kills", "0"]
+    process = subprocess.run([*command, "--seed", "0"], capture_output=True, text=True, timeout=300)
+    assert process.returncode == 0, process.stderr
+    assert "3 of 3 ended in the bits of the one that was not killed" in process.stdout
+
+
 def test_a_run_in_use_is_left_alone_by_a_second_process(trained, tmp_path):
     shutil.copytree(trained, tmp_path / "run")
     with runs.opened(tmp_path / "run", resume=True):
