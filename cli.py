@@ -923,5 +923,57 @@ def trace(attn, seed):
         click.echo("\n".join(tracing.lines(step)))
 
 
+class FirstWordGroup(click.Group):
+    """A group whose first word may also be a FILE: what is no command's name is described."""
+
+    def resolve_command(self, ctx, args):
+        if args[0] in self.commands:
+            return super().resolve_command(ctx, args)
+        return "FILE", describe_file, args
+
+
+class NamedByItsArgument(click.Command):
+    """A command that is called by its argument alone: the argument stands where a name would."""
+
+    def collect_usage_pieces(self, ctx):
+        return [self.options_metavar]
+
+
+@main.group(
+    "data",
+    cls=FirstWordGroup,
+    options_metavar="",
+    subcommand_metavar="FILE | COMMAND [OPTIONS]",
+    context_settings={"ignore_unknown_options": True},  # those before FILE are of the command that describes it
+)
+def data_group():
+    """Describe a log before training on it, or fetch a public one.
+
+    \b
+    python cli.py data ratings.csv            what is in it, and what a study would make of it
+    python cli.py data ratings.csv --help     how to say what its columns are called
+    python cli.py data ./fetch                a file that is called like a command
+    """
+
+
+@click.command(cls=NamedByItsArgument)
+@click.argument("path", metavar="FILE")
+@log_options
+@json_option
+def describe_file(path, as_json, **options):
+    """Describe the log in FILE, or an embedded one: chain, taste, household.
+
+    \b
+    python cli.py data ratings.csv --columns who,what,when --k-core 5
+    """
+    with reading(path) as update:
+        log = runs.load_log(log_source(path, options), update)
+    result = {"users": len(log.users), "items": len(log.items), "interactions": len(log.sequence)}
+    if as_json:
+        say_json(result)
+    else:
+        click.echo(f"{path}: {', '.join(f'{count:,} {name}' for name, count in result.items())}")
+
+
 if __name__ == "__main__":
     main()

@@ -134,6 +134,15 @@ def test_recommend_for_everyone(trained, tmp_path):
     assert len(rows) == 4500 and rows[0]["user"] == "account 0" and rows[0]["rank"] == "1"
 
 
+def test_data_describes_a_file_wherever_it_stands(tmp_path):
+    log_file(tmp_path).rename(tmp_path / "fetch")
+    for arguments in (("./fetch", "--json"), ("--json", "./fetch"), ("--split", "leave-one-out", "./fetch", "--json")):
+        assert last_json(run_cli("data", *arguments, cwd=tmp_path))["users"] == 4
+    process = run_cli("data", "./fetch", "--help", cwd=tmp_path)
+    assert process.returncode == 0 and "--columns" in process.stdout
+    assert "data ratings.csv" in run_cli("data", "--help", cwd=tmp_path).stdout
+
+
 def test_gradcheck_prints_every_tensor(tmp_path):
     process = run_cli("gradcheck", "--attn", "softmax", cwd=tmp_path)
     assert process.returncode == 0 and "all below 1e-06" in process.stdout
@@ -214,6 +223,9 @@ def test_a_killed_run_leaves_no_worker_and_no_lock(tmp_path):
 MISTAKES = {
     "missing log": (["train", "--data", "nowhere.txt"], 1, "nowhere.txt"),
     "nothing to resume": (["train", "--resume", "--out", "nowhere"], 1, "no run to go on with"),
+    "nothing to describe": (["data", "--json"], 2, "Missing argument 'FILE'"),
+    "missing log to describe": (["data", "nowhere.txt"], 1, "nowhere.txt"),
+    "unknown option of data": (["data", "log.txt", "--colour"], 2, "--colour"),
     "missing run": (["evaluate", "nowhere"], 1, "not a run folder"),
     "folder without a run": (["decompose", "."], 1, "not a run folder"),
     "heads": (["train", "--heads", 3], 2, "3 heads do not divide"),
