@@ -7,18 +7,26 @@ Four formats, told apart by their content, gzip or plain:
     pairs   user item                    one line an interaction, oldest first within a user
     inter   user_id:token  item_id:token  timestamp:float      RecBole atomic file, tab-separated
     csv     a header that names user, item and (optionally) timestamp columns; , ; tab or |
-Ids are any strings. Order is by timestamp where there is one, ties in file order.
+Ids are any strings; timestamps are numbers or ISO 8601 dates. Order is by timestamp where there is one,
+ties in file order.
+
+A log is read in pieces of whole lines and batches of rows, so that Python does little for each row. What
+is wrong with a batch is found by reading its rows again, one by one: an error names its line.
 """
 
+import contextlib
 import csv
 import gzip
 import hashlib
+import io
 import itertools
 import math
+import os
 import re
 import zlib
 from array import array
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from datetime import datetime
 from typing import NamedTuple
 
 import numpy as np
@@ -43,11 +51,32 @@ COLUMN_NAMES = {  # lower case, without _ - and spaces; the first that a header 
     "timestamp": ("timestamp", "time", "ts", "unixreviewtime", "unixtime", "datetime", "date"),
 }
 DELIMITERS = "\t,;|"
-FIELD = re.compile(r"[^ \t]+")
+FIELD = re.compile(r"[^ \t\n]+")
 CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+PANDAS = "make a CSV of it: pandas.read_{}.to_csv('log.csv', index=False)"
+ICONV = "convert it: iconv -f {} -t UTF-8 FILE > NEW"
+FOREIGN = {  # how files begin that are no logs: what they are, and what to do
+    rb"PK\x03\x04(?s:.{,2000})(\[Content_Types\]|xl/)": ("an Excel workbook", "save its sheet as CSV"),
+    rb"PK\x03\x04": ("a zip archive", "unzip it"),
+    rb"(?s).{257}ustar": ("a tar archive", "unpack it"),
+    rb"BZh\d1AY|\xfd7zXZ|\x28\xb5\x2f\xfd|7z\xbc\xaf|\x04\x22\x4d\x18": ("compressed, not by gzip", "decompress it"),
+    rb"PAR1\x15": ("a Parquet file", PANDAS.format("parquet(FILE)")),
+    rb"\x80[\x02-\x05]": ("a Python pickle, which could run any code", "make a CSV of it where you trust it"),
+    rb"\x93NUMPY|\x89HDF|ARROW1|SQLite format 3\0|\xd0\xcf\x11\xe0|%PDF-": ("a binary file", "make a CSV of it"),
+    rb"\s*\[?\s*\{\s*[\"']": ("JSON", PANDAS.format("json(FILE, lines=True)")),
+    rb"(?i)\s*<(!doctype|html|\?xml)": ("a web page", "fetch the log itself; this may be the page of an error"),
+    # Byte order marks, or what zeros say of the first character
+    rb"\xff\xfe\0\0|[\n-~]\0\0\0": ("UTF-32 text", ICONV.format("UTF-32LE")),
+    rb"\0\0\xfe\xff|\0\0\0[\n-~]": ("UTF-32 text", ICONV.format("UTF-32BE")),
+    rb"\xff\xfe|[\n-~]\0": ("UTF-16 text", ICONV.format("UTF-16LE")),
+    rb"\xfe\xff|\0[\n-~]": ("UTF-16 text", ICONV.format("UTF-16BE")),
+}
+EPOCH = datetime.fromisoformat("1970-01-01 00:00:00+00:00")
+PIECE_BYTES = 1 << 20  # read at a time
+ROWS_AT_A_TIME = 256  # more no longer stay in cache
 MAX_LINE_BYTES = 1 << 24
 MAX_ID_BYTES = 256
-LINES_A_REPORT = 1 << 16
+MAX_EXPANSION, EXPANSION_FROM = 100, 1 << 28  # of a gzip file; text that shrinks to a hundredth is no log
 MAX_REDRAWS = 100
 SHORTEST_SPLIT = 3  # a target for test, one for validation, and something before them
 QUANTILE = 0.9  # of time, where the temporal split cuts
@@ -62,6 +91,8 @@ class Log:
     offsets: np.ndarray  # [U + 1]
     sequence: np.ndarray  # [n] item indices 0..V-1, int32
     times: np.ndarray | None = None  # [n] when, ascending within a user, int64 or float64; None: not recorded
+    read_as: str = ""  # the format and the columns that were taken from the file
+    reordered: bool = False  # whether the file did not hold every user's interactions in order of time
 
     def history(self, user):
         """Return the item indices of user number `user`, oldest first."""
@@ -78,7 +109,8 @@ class Log:
 
 
 class _Lines:
-    """The lines of a file, decoded and checked, that know their number: all errors name file and line.
+    """The lines of a file, decoded and checked, that know their number: all errors name the file and, where
+    there is one, the line.
 
     progress: called now and then with the number of the file's bytes read since the last call, or None.
     """
@@ -90,16 +122,15 @@ class _Lines:
         raise UserError(f"{self.path}, line {self.number}: {message}")
 
     def __iter__(self):
+        """Yield line after line, with the line breaks at their ends."""
         try:
+            if os.path.exists(self.path) and not os.path.isfile(self.path) and not os.path.isdir(self.path):
+                raise UserError(f"{self.path}: not a regular file; save the log to one")
             with open(self.path, "rb") as file:
-                zipped = file.read(2) == b"\x1f\x8b"
-                file.seek(0)
-                at = 0
-                for line in self._decode(gzip.GzipFile(fileobj=file) if zipped else file):
-                    if self.progress and self.number % LINES_A_REPORT == 0:
-                        self.progress(file.tell() - at)
-                        at = file.tell()
-                    yield line
+                for text in self._pieces(file):
+                    for number, line in enumerate(io.StringIO(text), self.number + 1):
+                        self.number = number
+                        yield line
         except (gzip.BadGzipFile, EOFError, zlib.error) as error:
             raise UserError(
                 f"{self.path}: damaged gzip file after line {self.number} ({error}); fetch it again"
@@ -107,22 +138,60 @@ class _Lines:
         except OSError as error:
             raise UserError(f"{self.path}: cannot be read ({error.strerror or error})") from None
 
-    def _decode(self, stream):
-        while raw := stream.readline(MAX_LINE_BYTES + 1):
-            self.number += 1
-            if len(raw) > MAX_LINE_BYTES:
+    def _pieces(self, file):
+        """Yield the file's text, decoded and checked, so many whole lines at a time."""
+        zipped = file.read(2) == b"\x1f\x8b"
+        file.seek(0)
+        stream = gzip.GzipFile(fileobj=file) if zipped else file
+        at, n_bytes, rest, returns_only = 0, 0, b"", False
+        while chunk := stream.read(PIECE_BYTES):
+            if not n_bytes:
+                self._check_kind(chunk)
+                chunk = chunk.removeprefix(b"\xef\xbb\xbf")  # a byte order mark
+                returns_only = b"\r" in chunk[:-1] and b"\n" not in chunk  # as text from an old Mac
+            n_bytes += len(chunk)
+            if returns_only:
+                chunk = chunk.replace(b"\r", b"\n")
+            piece, line_break, rest = (rest + chunk).rpartition(b"\n")
+            if line_break:
+                yield self._decode(piece + line_break)
+            if len(rest) > MAX_LINE_BYTES:
+                self.number += 1
                 self.fail(f"longer than {MAX_LINE_BYTES >> 20} MiB: is this a text file?")
-            if self.number == 1 and raw[:2] in (b"\xff\xfe", b"\xfe\xff"):
-                self.fail("this is UTF-16 text; save the file as UTF-8")
-            try:
-                line = raw.decode("utf-8-sig" if self.number == 1 else "utf-8").rstrip("\r\n")
-            except UnicodeDecodeError as error:
-                self.fail(f"byte {error.start + 1} is not UTF-8 text; save the file as UTF-8")
-            if found := CONTROL.search(line):
-                self.fail(
-                    f"control character U+{ord(found[0]):04X} at character {found.start() + 1}: is this a text file?"
+            if zipped and n_bytes > max(EXPANSION_FROM, MAX_EXPANSION * file.tell()):
+                raise UserError(
+                    f"{self.path}: grows more than {MAX_EXPANSION}-fold when it is unzipped: is this a log?"
                 )
-            yield line
+            if self.progress:
+                self.progress(file.tell() - at)
+                at = file.tell()
+        if rest:
+            yield self._decode(rest)
+
+    def _check_kind(self, head):
+        """Refuse a file that begins, in the bytes `head`, like something else than UTF-8 text."""
+        for pattern, (what, remedy) in FOREIGN.items():
+            if re.match(pattern, head):
+                raise UserError(f"{self.path}: {what}, where UTF-8 text is expected; {remedy}")
+
+    def _decode(self, piece):
+        """Return the text of whole lines, each ended by a line feed alone."""
+        if b"\r" in piece:
+            piece = re.sub(rb"\r+(?=\n|\Z)", b"", piece)
+        try:
+            text = piece.decode()
+        except UnicodeDecodeError as error:
+            at = self._go_to(piece, error.start, b"\n")
+            self.fail(f"byte {at} is not UTF-8 text; if it is Latin-1: iconv -f LATIN1 -t UTF-8 FILE > NEW")
+        if found := CONTROL.search(text):
+            at = self._go_to(text, found.start(), "\n")
+            self.fail(f"control character U+{ord(found[0]):04X} at character {at}: is this a text file?")
+        return text
+
+    def _go_to(self, piece, place, line_break):
+        """Move to the line in which a place of the next piece lies; return where in the line, from 1."""
+        self.number += 1 + piece.count(line_break, 0, place)
+        return place - piece.rfind(line_break, 0, place)
 
 
 class _Codes(dict):
@@ -138,8 +207,8 @@ class _Codes(dict):
             self.lines.fail(f"a line break in the {self.what} id {_shown(name)}")
         if len(name.encode()) > MAX_ID_BYTES:
             self.lines.fail(f"{self.what} id of {len(name.encode())} bytes: at most {MAX_ID_BYTES} are accepted")
-        self[name] = len(self)
-        return self[name]
+        self[name] = code = len(self)
+        return code
 
 
 def read_log(path, format=None, columns=None, progress=None):
@@ -158,16 +227,16 @@ def read_log(path, format=None, columns=None, progress=None):
     stream = itertools.chain([first], stream)
     if columns and not 2 <= len(set(columns)) == len(columns) <= 3:
         raise UserError(f"--columns {','.join(columns)}: expected two or three different names, USER,ITEM[,TIME]")
-    header = _find_header(first, format, columns)
+    header = _find_header(lines, first, format, columns)
     if header is None and format is None and _looks_like_header(first):
         lines.fail(f"a header whose columns are separated by spaces, {_shown(first)}; use tabs or commas")
     if header is None and columns:
         raise UserError(f"{path}: no columns {', '.join(columns)} in its first line, {_shown(first)}")
     users, items = _Codes(lines, "user"), _Codes(lines, "item")
     if header is None and format not in ("inter", "csv"):
-        user_of, item_of, times = _read_lines(lines, stream, users, items, format)
+        user_of, item_of, times, read_as = _read_lines(lines, stream, users, items, format)
     else:
-        user_of, item_of, times = _read_table(lines, stream, users, items, header)
+        user_of, item_of, times, read_as = _read_table(lines, stream, users, items, header)
     user_of, item_of = np.frombuffer(user_of, np.int32), np.frombuffer(item_of, np.int32)
     counts = np.bincount(user_of, minlength=len(users))
     if len(users) < 2:
@@ -176,13 +245,26 @@ def read_log(path, format=None, columns=None, progress=None):
         )
     if counts.max() < SHORTEST_SPLIT:
         raise UserError(f"{path}: no user has {SHORTEST_SPLIT} interactions, so none can be held out for a test")
-    # Both sorts are stable: by user, within a user by time, ties in file order.
-    order = np.argsort(user_of, kind="stable") if times is None else np.lexsort((times, user_of))
-    times = None if times is None else times[order]
-    return Log(list(users), list(items), np.concatenate([[0], np.cumsum(counts)]), item_of[order], times)
+    # The sorts are stable: by user, within a user by time, ties in file order.
+    order = np.argsort(user_of, kind="stable")
+    offsets, reordered = np.concatenate([[0], np.cumsum(counts)]), False
+    if times is not None:
+        as_read = times[order]
+        reordered = bool((as_read[1:] < as_read[:-1])[_same_user(offsets)].any())
+        order = np.lexsort((times, user_of)) if reordered else order
+        times = times[order]
+    return Log(list(users), list(items), offsets, item_of[order], times, read_as, reordered)
+
+
+def _same_user(offsets):
+    """Return whether each interaction but the last is followed by one of the same user, [n - 1]."""
+    same = np.ones(offsets[-1] - 1, bool)
+    same[offsets[1:-1] - 1] = False
+    return same
 
 
 def _shown(text):
+    text = text.rstrip("\n")
     return repr(text if len(text) <= 60 else text[:60] + "...")
 
 
@@ -209,11 +291,9 @@ def _read_lines(lines, stream, users, items, format):
                 f"user {_shown(name)} has a line already; a table of one interaction a line needs exactly "
                 "`user item`, or a header naming its columns"
             )
-        code = users[name]
-        for item in names:
-            user_of.append(code)
-            item_of.append(items[item])
-    return user_of, item_of, None
+        user_of.extend(itertools.repeat(users[name], len(names)))
+        item_of.extend(map(items.__getitem__, names))
+    return user_of, item_of, None, "lines: user item item ..." if many_fields else "pairs: user item"
 
 
 def _looks_like_header(line):
@@ -227,10 +307,10 @@ class _Header(NamedTuple):
     delimiter: str
     quoting: int
     places: tuple  # column numbers of user, item and, where there is one, timestamp
-    width: int
+    fields: list  # as they stand in the file
 
 
-def _find_header(line, format, columns):
+def _find_header(lines, line, format, columns):
     """Return the _Header that the first line of a file is, or None."""
     if format in ("lines", "pairs"):
         return None
@@ -238,21 +318,23 @@ def _find_header(line, format, columns):
     csv.field_size_limit(MAX_LINE_BYTES)
     for delimiter in "\t" if inter else DELIMITERS:
         try:
-            names = next(csv.reader([line], delimiter=delimiter), [])
+            fields = next(csv.reader([line], delimiter=delimiter), [])
         except csv.Error:
             continue
-        names = [name.split(":")[0] if inter else name.strip() for name in names]
-        if columns:
-            places = [names.index(column) if column in names else None for column in columns]
-        else:
-            plain = [re.sub("[ _-]", "", name.lower()) for name in names]
-            places = [
-                next((plain.index(name) for name in known if name in plain), None) for known in COLUMN_NAMES.values()
-            ]
-            if places[2] is None:
-                places.pop()
-        if None not in places:
-            return _Header(delimiter, csv.QUOTE_NONE if inter else csv.QUOTE_MINIMAL, tuple(places), len(names))
+        names = [name.split(":")[0] if inter else name.strip() for name in fields]
+        known = [[column] for column in columns] if columns else COLUMN_NAMES.values()
+        plain = names if columns else [re.sub("[ _-]", "", name.lower()) for name in names]
+        found = [next((name for name in candidates if name in plain), None) for candidates in known]
+        if not columns and found[-1] is None:
+            found.pop()
+        if None in found:
+            continue
+        if twice := [name for name in found if plain.count(name) > 1]:
+            lines.fail(
+                f"two columns are called {twice[0]!r}; rename one, or name others with --columns USER,ITEM[,TIME]"
+            )
+        quoting = csv.QUOTE_NONE if inter else csv.QUOTE_MINIMAL
+        return _Header(delimiter, quoting, tuple(map(plain.index, found)), fields)
     return None
 
 
@@ -261,45 +343,109 @@ def _read_table(lines, stream, users, items, header):
     if header is None:
         first = next(stream)
         lines.fail(f"no user and item columns in the header {_shown(first)}; name them with --columns USER,ITEM[,TIME]")
-    user_of, item_of, times = array("i"), array("i"), array("q")
-    stream = (line + "\n" for line in stream)  # a quoted field may hold line breaks
+    user_of, item_of, times = array("i"), array("i"), _Times(lines)
+    user_place, item_place, *time_place = header.places
+
+    def add(rows):
+        if set(map(len, rows)) != {len(header.fields)}:
+            rows = _even_rows(lines, rows, len(header.fields))
+            if not rows:
+                return
+        columns = list(zip(*rows))
+        if time_place:
+            times.extend(columns[time_place[0]])
+        user_of.extend(map(users.__getitem__, columns[user_place]))
+        item_of.extend(map(items.__getitem__, columns[item_place]))
+        names = header.fields[user_place], header.fields[item_place]
+        if names[0] in users and names[1] in items and names in zip(columns[user_place], columns[item_place]):
+            lines.fail("the header again: were two files joined? Delete this line")
+
     reader = csv.reader(stream, delimiter=header.delimiter, quoting=header.quoting, strict=True)
     next(reader)
     try:
-        for row in reader:
-            if len(row) != header.width:
-                if not row:
-                    continue
-                if len(row) != header.width + 1 or row[-1]:  # one empty field more is a trailing delimiter
-                    lines.fail(f"{len(row)} fields where the header has {header.width}")
-            user_of.append(users[row[header.places[0]]])
-            item_of.append(items[row[header.places[1]]])
-            if len(header.places) > 2:
-                times = _append_time(lines, times, row[header.places[2]])
+        before = lines.number
+        while rows := list(itertools.islice(reader, ROWS_AT_A_TIME)):
+            try:
+                add(rows)
+            except UserError:
+                lines.number = before
+                for row in rows:  # one of them is wrong, and says so when it is alone
+                    lines.number += 1 + sum(field.count("\n") for field in row)
+                    add([row])
+                raise
+            before = lines.number
     except csv.Error as error:
         lines.fail(f"not valid CSV ({error}); check its quotes")
     if not user_of:
         raise UserError(f"{lines.path}: no interactions below the header")
-    return user_of, item_of, np.frombuffer(times, times.typecode) if len(header.places) > 2 else None
+    taken = [header.fields[place] for place in header.places]
+    others = [name for place, name in enumerate(header.fields) if name and place not in header.places]
+    read_as = f"{'inter' if header.quoting == csv.QUOTE_NONE else 'csv'}: {', '.join(taken)}"
+    read_as += f" (not used: {', '.join(others)})" if others else ""
+    return user_of, item_of, times.result() if time_place else None, read_as
 
 
-def _append_time(lines, times, text):
-    """Append a timestamp: 64-bit integers as long as all are (nanoseconds do not fit a float), else floats."""
-    try:
-        times.append(int(text))
-        return times
-    except (ValueError, TypeError, OverflowError):
-        pass
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not math.isfinite(value):
-        lines.fail(f"timestamp {_shown(text)} is not a number; expected seconds, such as 1400000000")
-    if times.typecode == "q":
-        times = array("d", times)
-    times.append(value)
-    return times
+def _even_rows(lines, rows, width):
+    """Return the rows that are not blank; each must have as many fields as the header, or one empty one more."""
+    rows = [row for row in rows if len(row) > 1 or row and row[0].strip()]
+    for row in rows:
+        if len(row) != width and (len(row) != width + 1 or row[-1]):  # more: after a trailing delimiter
+            lines.fail(f"{len(row)} fields where the header has {width}")
+    return rows
+
+
+class _Times:
+    """Timestamps: 64-bit integers as long as all are (nanoseconds do not fit a float), else floats.
+
+    Dates, ISO 8601, are seconds since 1970, in UTC where they name no zone.
+    """
+
+    def __init__(self, lines):
+        self.lines, self.values, self.dated = lines, array("q"), None
+
+    def extend(self, texts):
+        values, dated = self._numbers(texts), False
+        if values is None:
+            values, dated = self._dates(texts), True
+        if self.dated not in (None, dated):
+            kinds = ("a date, where those before it are numbers", "a number, where those before it are dates")
+            self.lines.fail(f"timestamp {_shown(texts[0])} is {kinds[self.dated]}")
+        self.dated = dated
+        if values.typecode != self.values.typecode:
+            self.values, values = array("d", self.values), array("d", values)
+        self.values.extend(values)
+
+    def _numbers(self, texts):
+        """Return the array of numbers that texts are, or None."""
+        with contextlib.suppress(ValueError, OverflowError):
+            return array("q", map(int, texts))
+        with contextlib.suppress(ValueError):
+            values = array("d", map(float, texts))
+            return values if all(map(math.isfinite, values)) else None
+        return None
+
+    def _dates(self, texts):
+        """Return the array of seconds that texts, as dates, are."""
+        try:
+            seconds = [_seconds(text.strip()) for text in texts]
+        except (ValueError, OverflowError):
+            self.lines.fail(
+                f"timestamp {_shown(texts[0])} is neither a number, such as 1400000000, nor an ISO date, "
+                "such as 2014-05-13 16:53:20"
+            )
+        whole = [int(value) for value in seconds]
+        return array("q", whole) if whole == seconds else array("d", seconds)
+
+    def result(self):
+        return np.frombuffer(self.values, self.values.typecode)
+
+
+def _seconds(date):
+    """Return the seconds from 1970 to a date."""
+    if date[4:5] != "-":  # digits alone are a number
+        raise ValueError
+    when = datetime.fromisoformat(date.replace("Z", "+00:00"))  # Python 3.10 knows no Z
+    return ((when if when.tzinfo else when.replace(tzinfo=EPOCH.tzinfo)) - EPOCH).total_seconds()
 
 
 # Filtering
@@ -307,14 +453,15 @@ def _append_time(lines, times, text):
 
 def keep_interactions(log, keep):
     """Return the Log of the interactions where keep [n] is true; users and items left without any go."""
-    users, counts = np.unique(users_of(log)[keep], return_counts=True)
-    items, sequence = np.unique(log.sequence[keep], return_inverse=True)
-    return Log(
-        [log.users[u] for u in users],
-        [log.items[i] for i in items],
-        np.concatenate([[0], np.cumsum(counts)]),
-        sequence.astype(np.int32),
-        None if log.times is None else log.times[keep],
+    counts, sequence = np.bincount(users_of(log)[keep], minlength=len(log.users)), log.sequence[keep]
+    left = np.bincount(sequence, minlength=len(log.items)) > 0  # [V]
+    return replace(
+        log,
+        users=[log.users[u] for u in np.flatnonzero(counts)],
+        items=[log.items[i] for i in np.flatnonzero(left)],
+        offsets=np.concatenate([[0], np.cumsum(counts[counts > 0])]),
+        sequence=(np.cumsum(left, dtype=np.int32) - 1)[sequence],
+        times=None if log.times is None else log.times[keep],
     )
 
 

@@ -99,7 +99,7 @@ MALFORMED = {
     "escape": (b"u1 a b c\nu2 a \x1b[2J c\n", "line 2: control character U\\+001B"),
     "C1 control": ("u1 a b c\nu2 a\x9bb c\n".encode(), "line 2: control character U\\+009B"),
     "latin-1": ("u1 a b c\nu2 caf\xe9 b\n".encode("latin-1"), "line 2: byte 7 is not UTF-8"),
-    "UTF-16": (GOOD.encode("utf-16"), "line 1: this is UTF-16"),
+    "UTF-16": (GOOD.encode("utf-16"), "UTF-16 text.*iconv -f UTF-16LE"),
     "long id": (b"u1 a b c\nu2 " + b"x" * 257 + b" b\n", "line 2: item id of 257 bytes"),
     "one line": (b"u1 a b c\n", "1 user"),
     "prose": (b"hello\n", "line 1: expected"),
