@@ -10,6 +10,7 @@ import math
 import os
 import platform
 import re
+import shlex
 import signal
 import sys
 import threading
@@ -34,6 +35,7 @@ from minirec.backend import load as load_backend
 from minirec.data import FORMATS, SPLITS, training_windows
 from minirec.decompose import RATIOS, contributions, summarise
 from minirec.decompose import decompose as decompose_sequences
+from minirec.describe import describe
 from minirec.errors import UserError
 from minirec.evaluate import CUTOFFS, MISS, metrics, rank_targets
 from minirec.evaluate import recommend as recommend_items
@@ -218,11 +220,15 @@ LOG_OPTIONS = [
 ]
 
 
+def reading_options(path, options):
+    """Return how a log is read, filtered and split, as runs.load_log takes it."""
+    source = {"path": path, "columns": comma_list(options["columns"])}
+    return source | {name: options[name] for name in ("format", "split", "k_core", "drop_repeats")}
+
+
 def log_source(path, options):
     """Return the "data" of a run's settings, its fingerprint taken."""
-    source = {"path": path, "columns": comma_list(options["columns"])}
-    source |= {name: options[name] for name in ("format", "split", "k_core", "drop_repeats")}
-    source["sha256"] = runs.fingerprint(path)
+    source = reading_options(path, options) | {"sha256": runs.fingerprint(path)}
     if not runs.is_planted(path):
         source["path"] = os.path.abspath(path)
     return source
@@ -966,13 +972,87 @@ def describe_file(path, as_json, **options):
     \b
     python cli.py data ratings.csv --columns who,what,when --k-core 5
     """
+    source = reading_options(path, options)
     with reading(path) as update:
-        log = runs.load_log(log_source(path, options), update)
-    result = {"users": len(log.users), "items": len(log.items), "interactions": len(log.sequence)}
+        log = runs.load_log(source, update)
+    result = describe(log, runs.split_log(log, {"data": source}))
+    result["study"] = dict(zip(("max_length", "dropout"), studying.sensible(log)))
     if as_json:
-        say_json(result)
+        say_json({"path": path, "read_as": log.read_as} | result)
+        return
+    filtered = _given(options, "k_core", "drop_repeats")
+    click.echo(f"{path}{log.read_as and f', read as {log.read_as}'}{filtered and f', after{filtered}'}\n")
+    click.echo("\n".join(description(result, options["split"])))
+    if result["split"]["test_users"]:
+        say(f"next: python cli.py study --data {shlex.quote(path)}{_given(options, *options)}")
     else:
-        click.echo(f"{path}: {', '.join(f'{count:,} {name}' for name, count in result.items())}")
+        say("next: choose a smaller --k-core; no user is left with enough interactions to hold one out")
+
+
+def _given(options, *names):
+    """Return those of the named log options that are not at their defaults, as they would be typed."""
+    words = []
+    for param in describe_file.params:
+        value = options.get(param.name)
+        if param.name in names and value and value != param.default:
+            words += param.opts[:1] if value is True else (param.opts[0], shlex.quote(str(value)))
+    return "".join(f" {word}" for word in words)
+
+
+def description(result, split):
+    """Return what describe found, as lines of text."""
+
+    def size(part):
+        return f"{part['users']:,} users, {part['items']:,} items, {part['interactions']:,} interactions"
+
+    def share(number, of):
+        return f"{number:,} ({number / of:.1%})" if number else "none"
+
+    n, histories, bins = result["interactions"], dict(result["history_lengths"]), result["histogram"]
+    names = {"0": "min", "50": "median", "100": "max"}
+    mean, most = histories.pop("mean"), max(bin["users"] for bin in bins)
+    lines = [
+        ("log", f"{size(result)}; {100 * result['density']:.3g} % of all pairs"),
+        ("histories", "".join(f"{names.get(q, q + ' %'):>9}" for q in histories) + f"{'mean':>9}"),
+        ("", "".join(f"{length:>9,}" for length in histories.values()) + f"{mean:>9,.1f}"),
+    ]
+    for bin in bins:
+        span = f"{bin['from']:,} to {bin['to']:,}" if bin["to"] > bin["from"] else f"{bin['to']:,}"
+        lines.append(("", f"{span:>18}  {'█' * math.ceil(40 * bin['users'] / most)} {bin['users']:,}"))
+    popular, repeats, times, held = (result[part] for part in ("popularity", "repeats", "time", "split"))
+    lines += [
+        (
+            "popularity",
+            f"the top 1 % of the items ({popular['top_items']:,}) have {popular['top_share']:.1%} of the interactions",
+        ),
+        ("", f"{share(popular['items_for_half'], result['items'])} of the items have half of them"),
+        ("", f"{share(popular['items_once'], result['items'])} of the items occur once"),
+        ("repeats", f"{share(repeats['seen_before'], n)} of an item that the user had before"),
+        ("", f"{share(repeats['immediate'], n)} directly after the same item"),
+    ]
+    if times:
+        span = f"{times['first']:,} to {times['last']:,}: numbers that are no dates"
+        if times["unit"]:
+            span = f"{times['first_date']} to {times['last_date']} UTC, from {times['unit']}"
+        order = "not in order, and was sorted" if times["reordered"] else "in order within each user"
+        lines += [
+            ("time", f"{span}; the file was {order}"),
+            ("", f"{share(times['ties'], n)} at the same time as the user's last: these keep the file's order"),
+            ("", f"{share(repeats['exact_duplicates'], n)} again of the same user, item and time"),
+        ]
+    else:
+        lines.append(("time", "no timestamps: each user's interactions are in the file's order"))
+    lines.append((split, f"{held['valid_users']:,} users for validation, {held['test_users']:,} for the test"))
+    if held["test_users"]:
+        unreachable = share(held["unreachable"], held["test_users"])
+        lines.append(
+            ("", f"{unreachable} of the test targets are items the user had before: never hit with filter-seen")
+        )
+    lines += [(f"{k}-core", size(core)) for k, core in result["k_core"].items()]
+    length, dropout = result["study"]["max_length"], result["study"]["dropout"]
+    lines.append(("study", f"takes the last {length} items and dropout {dropout}"))
+    lines.append(("", f"train does so with --max-length {length} --dropout {dropout}"))
+    return [f"{title:<15}{text}" for title, text in lines]
 
 
 if __name__ == "__main__":

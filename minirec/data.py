@@ -452,7 +452,8 @@ def _seconds(date):
 
 
 def keep_interactions(log, keep):
-    """Return the Log of the interactions where keep [n] is true; users and items left without any go."""
+    """Return the Log of the interactions that keep, a mask [n] or ascending places, selects; users and items left
+    without any go."""
     counts, sequence = np.bincount(users_of(log)[keep], minlength=len(log.users)), log.sequence[keep]
     left = np.bincount(sequence, minlength=len(log.items)) > 0  # [V]
     return replace(
@@ -480,18 +481,23 @@ def drop_repeats(log):
 def k_core(log, k):
     """Return the largest Log in which every user and every item has at least k interactions.
 
-    Dropping a rare item can make a user rare, and so on: it is repeated until nothing changes.
     Raises UserError where nothing is left.
     """
-    users, keep = users_of(log), np.ones(len(log.sequence), bool)
-    before = len(keep) + 1
-    while keep.sum() < before:
-        before = keep.sum()
-        for names in (users, log.sequence):
-            keep &= np.bincount(names[keep], minlength=names.max() + 1)[names] >= k
-    if not keep.any():
+    places = core_places(log, k)
+    if not len(places):
         raise UserError(f"--k-core {k} leaves no interaction of this log; choose a smaller one")
-    return keep_interactions(log, keep)
+    return keep_interactions(log, places)
+
+
+def core_places(log, k):
+    """Return the places, ascending, of the interactions that a k-core keeps.
+
+    Dropping a rare item can make a user rare, and so on: it is repeated until nothing changes.
+    """
+    places, users, items = np.arange(len(log.sequence)), users_of(log), log.sequence
+    while (rare := (np.bincount(users)[users] < k) | (np.bincount(items)[items] < k)).any():
+        places, users, items = (x[~rare] for x in (places, users, items))
+    return places
 
 
 # Splitting

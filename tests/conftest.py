@@ -9,6 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from minirec.data import Log
+
 ROOT = Path(__file__).resolve().parent.parent
 DATASETS = Path(os.environ.get("MINIREC_DATASETS", ROOT.parent / "shared" / "datasets"))
 
@@ -61,6 +63,13 @@ def trained(tmp_path_factory):
     process = run_cli("train", "--epochs", 2, "--out", folder / "run", cwd=folder)
     assert process.returncode == 0, process.stderr
     return folder / "run"
+
+
+def log_of(sequences):
+    """The Log of these sequences of item numbers; users and items are called by their numbers."""
+    names = [str(i) for i in range(1 + max(map(max, sequences)))]
+    offsets = np.cumsum([0] + [len(s) for s in sequences])
+    return Log([str(u) for u in range(len(sequences))], names, offsets, np.concatenate(sequences).astype(np.int32))
 
 
 def real_log(name):

@@ -143,6 +143,16 @@ def test_data_describes_a_file_wherever_it_stands(tmp_path):
     assert "data ratings.csv" in run_cli("data", "--help", cwd=tmp_path).stdout
 
 
+def test_a_description_fits_a_screen_and_names_the_next_command(tmp_path):
+    log_file(tmp_path, "who,what,when\n" + "".join(f"u{i % 7},i{i % 5},2014-05-{10 + i % 21}\n" for i in range(100)))
+    process = run_cli("data", "log.txt", "--columns", "who,what,when", "--k-core", 2, cwd=tmp_path)
+    assert process.returncode == 0 and len(process.stdout.splitlines()) < 30, process.stderr
+    assert "7 users, 5 items, 100 interactions" in process.stdout and "2014-05-30 00:00:00" in process.stdout
+    assert process.stderr == "next: python cli.py study --data log.txt --columns who,what,when --k-core 2\n"
+    process = run_cli("data", "household", cwd=tmp_path)
+    assert process.stderr == "next: python cli.py study --data household\n"
+
+
 def test_gradcheck_prints_every_tensor(tmp_path):
     process = run_cli("gradcheck", "--attn", "softmax", cwd=tmp_path)
     assert process.returncode == 0 and "all below 1e-06" in process.stdout

@@ -4,7 +4,7 @@ import gzip
 
 import numpy as np
 import pytest
-from conftest import real_log
+from conftest import log_of, real_log
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -153,12 +153,6 @@ def test_what_is_no_file_is_refused(tmp_path, make):
     make(tmp_path / "log")
     with pytest.raises(UserError, match="log: cannot be read"):
         data.read_log(tmp_path / "log")
-
-
-def log_of(sequences):
-    names = [str(i) for i in range(1 + max(map(max, sequences)))]
-    offsets = np.cumsum([0] + [len(s) for s in sequences])
-    return data.Log([str(u) for u in range(len(sequences))], names, offsets, np.concatenate(sequences).astype(np.int32))
 
 
 def test_leave_one_out_holds_out_the_last_two():

@@ -1,0 +1,139 @@
+"""What is in a log, before anything is trained on it.
+
+Symbols: U users, V items, n interactions, M test users.
+"""
+
+import numpy as np
+
+from minirec.data import core_places, users_of
+
+QUANTILES = (0, 10, 25, 50, 75, 90, 100)  # percent
+CORES = (5, 10)
+MOST_BINS = 10
+TOP = 0.01  # of the items: how popular are they?
+UNITS = {"seconds": 1, "milliseconds": 10**3, "microseconds": 10**6, "nanoseconds": 10**9}  # in a second
+EARLIEST, LATEST = 10**8, 10**11  # seconds since 1970, March 1973 and the year 5138: what a timestamp may mean
+
+
+def describe(log, split):
+    """Return what is in a data.Log, and in its data.Split, as a dict that JSON can hold."""
+    lengths, popularity = np.diff(log.offsets), np.bincount(log.sequence, minlength=len(log.items))
+    unreachable = count_unreachable(log, split.test)
+    return {
+        "users": len(log.users),
+        "items": len(log.items),
+        "interactions": len(log.sequence),
+        "density": len(log.sequence) / len(log.users) / len(log.items),
+        "history_lengths": _quantiles(lengths) | {"mean": float(lengths.mean())},
+        "histogram": histogram(lengths),
+        "popularity": _popularity(np.sort(popularity)[::-1]),
+        "repeats": repeats(log),
+        "time": None if log.times is None else _time(log),
+        "split": {
+            "valid_users": len(split.valid.users),
+            "test_users": len(split.test.users),
+            "users_without_test": len(log.users) - len(split.test.users),
+            "unreachable": unreachable,
+        },
+        "k_core": {str(k): core_size(log, k) for k in CORES},
+    }
+
+
+def _quantiles(values):
+    """Return {"0": least, ..., "100": greatest}: quantiles that are values themselves."""
+    found = np.quantile(values, np.array(QUANTILES) / 100, method="lower")
+    return {str(percent): int(value) for percent, value in zip(QUANTILES, found)}
+
+
+def histogram(lengths):
+    """Count lengths [U] in bins that double in width, 1, 2-3, 4-7, ...; the last one takes the rest."""
+    edges = 2 ** np.arange(63)
+    first = np.searchsorted(edges, lengths.min(), "right") - 1
+    last = min(np.searchsorted(edges, lengths.max(), "right") - 1, first + MOST_BINS - 1)
+    starts = np.maximum(edges[first : last + 1], lengths.min())
+    counts = np.bincount(np.searchsorted(starts, lengths, "right") - 1, minlength=len(starts))
+    ends = [*(starts[1:] - 1), lengths.max()]
+    return [{"from": int(a), "to": int(b), "users": int(c)} for a, b, c in zip(starts, ends, counts)]
+
+
+def _popularity(counts):
+    """Describe how often the items occur, counts [V], most popular first."""
+    n_top, reached = max(1, round(TOP * len(counts))), np.cumsum(counts)
+    return {
+        "top_items": n_top,
+        "top_share": float(reached[n_top - 1] / reached[-1]),
+        "items_for_half": int(np.searchsorted(reached, reached[-1] / 2)) + 1,
+        "items_once": int((counts == 1).sum()),
+    }
+
+
+def repeats(log):
+    """Count the interactions that repeat an item: the user's last one, any earlier one, at the same time too."""
+    users, n_items = users_of(log), len(log.items)
+    same_user = users[1:] == users[:-1]
+    immediate = same_user & (log.sequence[1:] == log.sequence[:-1])
+    found = {
+        "immediate": int(immediate.sum()),
+        "seen_before": _count_twins(users * n_items + log.sequence),
+        "exact_duplicates": None,
+    }
+    if log.times is not None:
+        moments = np.concatenate([[0], np.cumsum(~same_user | (log.times[1:] != log.times[:-1]))])  # [n] user and time
+        found["exact_duplicates"] = _count_twins(moments * n_items + log.sequence)
+    return found
+
+
+def _count_twins(keys):
+    """Count the keys [n] that are there already."""
+    keys = np.sort(keys)
+    return int((keys[1:] == keys[:-1]).sum())
+
+
+def count_unreachable(log, cases):
+    """Count the targets of data.Cases that the user had before: with filter-seen they cannot be hit."""
+    target, stop = np.full(len(log.users), -1), np.zeros(len(log.users), np.int64)
+    target[cases.users], stop[cases.users] = log.sequence[cases.stops], cases.stops
+    lengths = np.diff(log.offsets)
+    before = np.arange(len(log.sequence)) < np.repeat(stop, lengths)
+    return len(np.unique(users_of(log)[before & (log.sequence == np.repeat(target, lengths))]))
+
+
+def _time(log):
+    """Describe a log's times: what they are, when it begins and ends, and how well they order it."""
+    first, last = log.times.min().item(), log.times.max().item()
+    unit = time_unit(float(np.median(log.times)), max(-first, last))
+    same_user = np.diff(users_of(log)) == 0
+    return {
+        "unit": unit,
+        "first": first,
+        "last": last,
+        "first_date": unit and date(first, unit),
+        "last_date": unit and date(last, unit),
+        "ties": int((same_user & (log.times[1:] == log.times[:-1])).sum()),
+        "reordered": log.reordered,
+    }
+
+
+def time_unit(middle, furthest):
+    """Return the unit, one of UNITS, in which `middle`, a time since 1970, is a date of our days, or None.
+
+    The ranges of neighbouring units meet, 1000 * EARLIEST = LATEST: at most one unit fits. None is returned,
+    too, where the time that is furthest from 1970 is no date.
+    """
+    for unit, parts in UNITS.items():
+        if EARLIEST <= middle / parts < LATEST:
+            return unit if furthest / parts < LATEST else None
+    return None
+
+
+def date(moment, unit):
+    """Return a time since 1970 as text, in UTC, to the second."""
+    return str(np.datetime64(int(moment // UNITS[unit]), "s")).replace("T", " ")
+
+
+def core_size(log, k):
+    """Count users, items and interactions of the k-core, all zero where nothing is left."""
+    places = core_places(log, k)
+    names = {"users": users_of(log), "items": log.sequence}
+    counts = {name: int((np.bincount(numbers[places]) > 0).sum()) for name, numbers in names.items()}
+    return counts | {"interactions": len(places)}

@@ -1,0 +1,89 @@
+"""The description of a log against counts by hand and by plain loops."""
+
+import numpy as np
+import pytest
+from conftest import log_of, real_log
+from hypothesis import given
+from hypothesis import strategies as st
+
+from minirec import data, describe
+
+SEQUENCES = st.lists(st.lists(st.integers(0, 6), min_size=1, max_size=12), min_size=2, max_size=10)
+
+
+def description(log, split="leave-one-out"):
+    return describe.describe(log, data.SPLITS[split](log))
+
+
+def test_a_small_log_is_described_as_counted_by_hand():
+    log = log_of([[0, 0, 1, 0], [2, 1, 3], [2]])
+    log.times = np.array([10, 10, 20, 30, 5, 5, 5, 7]) + 1_400_000_000
+    found = description(log)
+    assert (found["users"], found["items"], found["interactions"]) == (3, 4, 8)
+    assert found["density"] == 8 / 12
+    assert found["history_lengths"] == {
+        "0": 1, "10": 1, "25": 1, "50": 3, "75": 3, "90": 3, "100": 4, "mean": pytest.approx(8 / 3),
+    }  # fmt: skip
+    assert found["histogram"] == [
+        {"from": 1, "to": 1, "users": 1}, {"from": 2, "to": 3, "users": 1}, {"from": 4, "to": 4, "users": 1},
+    ]  # fmt: skip
+    assert found["popularity"] == {"top_items": 1, "top_share": 3 / 8, "items_for_half": 2, "items_once": 1}
+    assert found["repeats"] == {"immediate": 1, "seen_before": 2, "exact_duplicates": 1}
+    assert found["time"] == {
+        "unit": "seconds", "first": 1_400_000_005, "last": 1_400_000_030,
+        "first_date": "2014-05-13 16:53:25", "last_date": "2014-05-13 16:53:50", "ties": 3, "reordered": False,
+    }  # fmt: skip
+    assert found["split"] == {"valid_users": 2, "test_users": 2, "users_without_test": 1, "unreachable": 1}
+    assert found["k_core"]["5"] == {"users": 0, "items": 0, "interactions": 0}
+
+
+@given(SEQUENCES, st.data())
+def test_counts_equal_those_of_plain_loops(sequences, draw):
+    log = log_of(sequences)
+    log.times = np.concatenate(
+        [np.sort(draw.draw(st.lists(st.integers(0, 3), min_size=len(s), max_size=len(s)))) for s in sequences]
+    )
+    times = np.split(log.times, log.offsets[1:-1])
+    found = describe.repeats(log)
+    immediate = seen = exact = unreachable = 0
+    for sequence, moments in zip(sequences, times):
+        for t, item in enumerate(sequence):
+            immediate += t > 0 and sequence[t - 1] == item
+            seen += item in sequence[:t]
+            exact += (item, moments[t]) in list(zip(sequence[:t], moments[:t]))
+        unreachable += len(sequence) >= 3 and sequence[-1] in sequence[:-1]
+    assert found == {"immediate": immediate, "seen_before": seen, "exact_duplicates": exact}
+    assert describe.count_unreachable(log, data.leave_one_out(log).test) == unreachable
+
+
+@given(st.lists(st.integers(1, 5000), min_size=1, max_size=50))
+def test_every_user_is_in_one_bin_of_the_histogram(lengths):
+    bins = describe.histogram(np.array(lengths))
+    assert len(bins) <= describe.MOST_BINS
+    assert bins[0]["from"] == min(lengths) and bins[-1]["to"] == max(lengths)
+    assert [bin["users"] for bin in bins] == [sum(b["from"] <= x <= b["to"] for x in lengths) for b in bins]
+
+
+@pytest.mark.parametrize(
+    "middle, furthest, unit",
+    [
+        (1_400_000_000, 1_500_000_000, "seconds"),
+        (1_400_000_000_000, 1_400_000_000_000, "milliseconds"),
+        (1_400_000_000_000_000, 1_400_000_000_000_000, "microseconds"),
+        (1_400_000_000_000_000_000, 1_400_000_000_000_000_000, "nanoseconds"),
+        (3, 9, None),
+        (-1_400_000_000, 1_400_000_000, None),
+        (1_400_000_000, 1e300, None),
+    ],
+)
+def test_the_unit_of_timestamps_is_recognised_where_they_are_dates(middle, furthest, unit):
+    assert describe.time_unit(middle, furthest) == unit
+    if unit:
+        assert describe.date(middle, unit).startswith("2014-05-13 16:53:20")
+
+
+def test_a_core_is_as_large_as_the_filtered_log():
+    log = data.read_log(real_log("ml-100k.inter"))
+    core = data.k_core(log, 5)
+    size = {"users": len(core.users), "items": len(core.items), "interactions": len(core.sequence)}
+    assert description(log)["k_core"]["5"] == size == {"users": 943, "items": 1349, "interactions": 99287}
