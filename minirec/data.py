@@ -10,8 +10,9 @@ Four formats, told apart by their content, gzip or plain:
 Ids are any strings; timestamps are numbers or ISO 8601 dates. Order is by timestamp where there is one,
 ties in file order.
 
-A log is read in pieces of whole lines and batches of rows, so that Python does little for each row. What
-is wrong with a batch is found by reading its rows again, one by one: an error names its line.
+A log is read in pieces of whole lines, which NumPy cuts into columns and numbers; Python's csv takes over where
+there are quotes, or rows that are not alike. What is wrong with many rows is found by halving them until one is
+left, which names its line.
 """
 
 import contextlib
@@ -20,16 +21,15 @@ import gzip
 import hashlib
 import io
 import itertools
-import math
 import os
 import re
 import zlib
-from array import array
 from dataclasses import dataclass, replace
 from datetime import datetime
 from typing import NamedTuple
 
 import numpy as np
+from numpy.lib.stride_tricks import sliding_window_view
 
 from minirec.errors import UserError
 
@@ -51,8 +51,9 @@ COLUMN_NAMES = {  # lower case, without _ - and spaces; the first that a header 
     "timestamp": ("timestamp", "time", "ts", "unixreviewtime", "unixtime", "datetime", "date"),
 }
 DELIMITERS = "\t,;|"
-FIELD = re.compile(r"[^ \t\n]+")
 CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+ASCII_CONTROLS = bytes([*range(9), *range(11, 32), 127])
+BLANK_LINES = re.compile(rb"([ \t]*\n)*")
 PANDAS = "make a CSV of it: pandas.read_{}.to_csv('log.csv', index=False)"
 ICONV = "convert it: iconv -f {} -t UTF-8 FILE > NEW"
 FOREIGN = {  # how files begin that are no logs: what they are, and what to do
@@ -72,8 +73,8 @@ FOREIGN = {  # how files begin that are no logs: what they are, and what to do
     rb"\xfe\xff|\0[\n-~]": ("UTF-16 text", ICONV.format("UTF-16BE")),
 }
 EPOCH = datetime.fromisoformat("1970-01-01 00:00:00+00:00")
-PIECE_BYTES = 1 << 20  # read at a time
-ROWS_AT_A_TIME = 256  # more no longer stay in cache
+PIECE_BYTES = 1 << 22  # read at a time
+ROWS_AT_A_TIME = 1 << 14  # through Python's csv
 MAX_LINE_BYTES = 1 << 24
 MAX_ID_BYTES = 256
 MAX_EXPANSION, EXPANSION_FROM = 100, 1 << 28  # of a gzip file; text that shrinks to a hundredth is no log
@@ -108,29 +109,44 @@ class Log:
 # Reading
 
 
-class _Lines:
-    """The lines of a file, decoded and checked, that know their number: all errors name the file and, where
-    there is one, the line.
+class _Pieces:
+    """The pieces of a file, whole lines of UTF-8 text as bytes, each line ended by a line feed alone.
 
+    number: so many lines lie before those that are looked at, which an error names with the file.
     progress: called now and then with the number of the file's bytes read since the last call, or None.
     """
 
     def __init__(self, path, progress):
-        self.path, self.number, self.progress = path, 0, progress
+        self.path, self.progress, self.number = path, progress, 0
 
-    def fail(self, message):
-        raise UserError(f"{self.path}, line {self.number}: {message}")
+    def fail(self, message, line=0):
+        """Raise the error of a line, from 0, of those that are looked at."""
+        raise UserError(f"{self.path}, line {self.number + line + 1}: {message}")
+
+    def fail_at_first(self, rows, add, n_lines):
+        """Raise the error of the first of the rows, which lie in the lines that are looked at, at which add(rows)
+        raises ValueError. n_lines(row): how many lines a row takes."""
+        while len(rows) > 1:
+            half = rows[: len(rows) // 2]
+            try:
+                add(half)
+            except ValueError:
+                rows = half
+            else:
+                self.number += sum(map(n_lines, half))
+                rows = rows[len(half) :]
+        try:
+            add(rows)
+        except ValueError as error:
+            self.number += n_lines(rows[0]) - 1  # its last line
+            self.fail(str(error))
 
     def __iter__(self):
-        """Yield line after line, with the line breaks at their ends."""
         try:
             if os.path.exists(self.path) and not os.path.isfile(self.path) and not os.path.isdir(self.path):
                 raise UserError(f"{self.path}: not a regular file; save the log to one")
             with open(self.path, "rb") as file:
-                for text in self._pieces(file):
-                    for number, line in enumerate(io.StringIO(text), self.number + 1):
-                        self.number = number
-                        yield line
+                yield from self._pieces(file)
         except (gzip.BadGzipFile, EOFError, zlib.error) as error:
             raise UserError(
                 f"{self.path}: damaged gzip file after line {self.number} ({error}); fetch it again"
@@ -139,7 +155,6 @@ class _Lines:
             raise UserError(f"{self.path}: cannot be read ({error.strerror or error})") from None
 
     def _pieces(self, file):
-        """Yield the file's text, decoded and checked, so many whole lines at a time."""
         zipped = file.read(2) == b"\x1f\x8b"
         file.seek(0)
         stream = gzip.GzipFile(fileobj=file) if zipped else file
@@ -154,9 +169,8 @@ class _Lines:
                 chunk = chunk.replace(b"\r", b"\n")
             piece, line_break, rest = (rest + chunk).rpartition(b"\n")
             if line_break:
-                yield self._decode(piece + line_break)
+                yield self._checked(piece + line_break)
             if len(rest) > MAX_LINE_BYTES:
-                self.number += 1
                 self.fail(f"longer than {MAX_LINE_BYTES >> 20} MiB: is this a text file?")
             if zipped and n_bytes > max(EXPANSION_FROM, MAX_EXPANSION * file.tell()):
                 raise UserError(
@@ -166,7 +180,7 @@ class _Lines:
                 self.progress(file.tell() - at)
                 at = file.tell()
         if rest:
-            yield self._decode(rest)
+            yield self._checked(rest + b"\n")
 
     def _check_kind(self, head):
         """Refuse a file that begins, in the bytes `head`, like something else than UTF-8 text."""
@@ -174,41 +188,68 @@ class _Lines:
             if re.match(pattern, head):
                 raise UserError(f"{self.path}: {what}, where UTF-8 text is expected; {remedy}")
 
-    def _decode(self, piece):
-        """Return the text of whole lines, each ended by a line feed alone."""
+    def _checked(self, piece):
+        """Return the lines with line feeds alone at their ends; refuse what is not text."""
         if b"\r" in piece:
-            piece = re.sub(rb"\r+(?=\n|\Z)", b"", piece)
+            piece = re.sub(rb"\r+\n", b"\n", piece)
+        if piece.isascii() and len(piece.translate(None, ASCII_CONTROLS)) == len(piece):
+            return piece
         try:
             text = piece.decode()
         except UnicodeDecodeError as error:
-            at = self._go_to(piece, error.start, b"\n")
-            self.fail(f"byte {at} is not UTF-8 text; if it is Latin-1: iconv -f LATIN1 -t UTF-8 FILE > NEW")
+            line, at = _line_and_place(piece, error.start, b"\n")
+            self.fail(f"byte {at} is not UTF-8 text; if it is Latin-1: iconv -f LATIN1 -t UTF-8 FILE > NEW", line)
         if found := CONTROL.search(text):
-            at = self._go_to(text, found.start(), "\n")
-            self.fail(f"control character U+{ord(found[0]):04X} at character {at}: is this a text file?")
+            line, at = _line_and_place(text, found.start(), "\n")
+            self.fail(f"control character U+{ord(found[0]):04X} at character {at}: is this a text file?", line)
+        return piece
+
+
+def _line_and_place(text, at, line_break):
+    """Return the line, from 0, and the place in it, from 1, of what stands in a text."""
+    return text.count(line_break, 0, at), at - text.rfind(line_break, 0, at)
+
+
+class _Numbering:
+    """Numbers names 0, 1, 2, ... in order of first appearance.
+
+    It looks them up in a sorted array: Python's dict would wait for the memory at every name of a large log.
+    """
+
+    def __init__(self, what):
+        self.what, self.names = what, []
+        self.known, self.numbers = np.empty(0, "S1"), np.empty(0, np.int32)  # sorted; and the number of each
+
+    def __call__(self, names):
+        """Return the numbers of names [m], bytes. Raises ValueError, and changes nothing, where one is no name."""
+        found, first, which = np.unique(names, return_index=True, return_inverse=True)
+        places = np.searchsorted(self.known, found)
+        old = places < len(self.known)
+        old[old] = self.known[places[old]] == found[old]
+        numbers, new = np.empty(len(found), np.int32), np.flatnonzero(~old)
+        numbers[old] = self.numbers[places[old]]
+        in_order = new[np.argsort(first[new])]
+        numbers[in_order] = len(self.names) + np.arange(len(new))
+        self.names += [self._checked(name) for name in found[in_order].tolist()]
+        wider = np.promote_types(self.known.dtype, found.dtype)
+        self.known = np.insert(self.known.astype(wider, copy=False), places[new], found[new])
+        self.numbers = np.insert(self.numbers, places[new], numbers[new])
+        return numbers[which]
+
+    def _checked(self, name):
+        text = name.decode()
+        if not text.strip():
+            raise ValueError(f"empty {self.what}")
+        if "\n" in text:
+            raise ValueError(f"a line break in the {self.what} id {_shown(text)}")
         return text
 
-    def _go_to(self, piece, place, line_break):
-        """Move to the line in which a place of the next piece lies; return where in the line, from 1."""
-        self.number += 1 + piece.count(line_break, 0, place)
-        return place - piece.rfind(line_break, 0, place)
-
-
-class _Codes(dict):
-    """Numbers names 0, 1, 2, ... in order of first appearance: codes[name]."""
-
-    def __init__(self, lines, what):
-        self.lines, self.what = lines, what
-
-    def __missing__(self, name):
-        if not name.strip():
-            self.lines.fail(f"empty {self.what}")
-        if "\n" in name:
-            self.lines.fail(f"a line break in the {self.what} id {_shown(name)}")
-        if len(name.encode()) > MAX_ID_BYTES:
-            self.lines.fail(f"{self.what} id of {len(name.encode())} bytes: at most {MAX_ID_BYTES} are accepted")
-        self[name] = code = len(self)
-        return code
+    def array(self, names):
+        """Return a list of names as an array. Raises ValueError where one is too long for a name."""
+        longest = max(map(len, names))
+        if longest > MAX_ID_BYTES:
+            raise ValueError(f"{self.what} id of {longest} bytes: at most {MAX_ID_BYTES} are accepted")
+        return np.array(names, "S")
 
 
 def read_log(path, format=None, columns=None, progress=None):
@@ -219,29 +260,37 @@ def read_log(path, format=None, columns=None, progress=None):
     the number of bytes read since its last call.
     Returns a Log. Raises UserError, naming file and line, for anything that is not such a log.
     """
-    lines = _Lines(path, progress)
-    stream = iter(lines)
-    first = next((line for line in stream if line.strip()), None)
-    if first is None:
-        raise UserError(f"{path}: the file is empty")
-    stream = itertools.chain([first], stream)
+    source = _Pieces(path, progress)
+    pieces, piece = iter(source), b""
+    while not piece:
+        piece = next(pieces, None)
+        if piece is None:
+            raise UserError(f"{path}: the file is empty")
+        text_begins = BLANK_LINES.match(piece).end()
+        source.number += piece.count(b"\n", 0, text_begins)
+        piece = piece[text_begins:]
+    first = piece[: piece.index(b"\n")].decode()
+    pieces = itertools.chain([piece], pieces)
     if columns and not 2 <= len(set(columns)) == len(columns) <= 3:
         raise UserError(f"--columns {','.join(columns)}: expected two or three different names, USER,ITEM[,TIME]")
-    header = _find_header(lines, first, format, columns)
-    if header is None and format is None and _looks_like_header(first):
-        lines.fail(f"a header whose columns are separated by spaces, {_shown(first)}; use tabs or commas")
+    header = _find_header(source, first, format, columns)
     if header is None and columns:
         raise UserError(f"{path}: no columns {', '.join(columns)} in its first line, {_shown(first)}")
-    users, items = _Codes(lines, "user"), _Codes(lines, "item")
-    if header is None and format not in ("inter", "csv"):
-        user_of, item_of, times, read_as = _read_lines(lines, stream, users, items, format)
+    if header is None and format in ("inter", "csv"):
+        source.fail(
+            f"no user and item columns in the header {_shown(first)}; name them with --columns USER,ITEM[,TIME]"
+        )
+    if header is None and format is None and _looks_like_header(first):
+        source.fail(f"a header whose columns are separated by spaces, {_shown(first)}; use tabs or commas")
+    users, items = _Numbering("user"), _Numbering("item")
+    if header is None:
+        user_of, item_of, times, read_as = _read_lines(source, pieces, users, items, format)
     else:
-        user_of, item_of, times, read_as = _read_table(lines, stream, users, items, header)
-    user_of, item_of = np.frombuffer(user_of, np.int32), np.frombuffer(item_of, np.int32)
-    counts = np.bincount(user_of, minlength=len(users))
-    if len(users) < 2:
+        user_of, item_of, times, read_as = _read_table(source, pieces, users, items, header)
+    counts = np.bincount(user_of, minlength=len(users.names))
+    if len(counts) < 2:
         raise UserError(
-            f"{path}: {len(users)} user found; expected `user item item ...` lines, or a table with a header"
+            f"{path}: {len(counts)} user found; expected `user item item ...` lines, or a table with a header"
         )
     if counts.max() < SHORTEST_SPLIT:
         raise UserError(f"{path}: no user has {SHORTEST_SPLIT} interactions, so none can be held out for a test")
@@ -249,68 +298,83 @@ def read_log(path, format=None, columns=None, progress=None):
     order = np.argsort(user_of, kind="stable")
     offsets, reordered = np.concatenate([[0], np.cumsum(counts)]), False
     if times is not None:
-        as_read = times[order]
-        reordered = bool((as_read[1:] < as_read[:-1])[_same_user(offsets)].any())
+        as_read, same_user = times[order], np.diff(user_of[order]) == 0
+        reordered = bool((same_user & (as_read[1:] < as_read[:-1])).any())
         order = np.lexsort((times, user_of)) if reordered else order
         times = times[order]
-    return Log(list(users), list(items), offsets, item_of[order], times, read_as, reordered)
-
-
-def _same_user(offsets):
-    """Return whether each interaction but the last is followed by one of the same user, [n - 1]."""
-    same = np.ones(offsets[-1] - 1, bool)
-    same[offsets[1:-1] - 1] = False
-    return same
+    return Log(users.names, items.names, offsets, item_of[order], times, read_as, reordered)
 
 
 def _shown(text):
-    text = text.rstrip("\n")
     return repr(text if len(text) <= 60 else text[:60] + "...")
 
 
-def _read_lines(lines, stream, users, items, format):
+def _read_lines(source, pieces, users, items, format):
     """Read the formats lines and pairs. Both are `user item ...`; they differ in what may not be:
     in lines a user comes once, in pairs a line has two fields. A file with neither is neither."""
-    user_of, item_of = array("i"), array("i")
+    user_of, item_of = [], []
     many_fields = format == "lines"
-    repeated = None  # the first user with a second line, and the line's number
-    for line in stream:
-        name, *names = FIELD.findall(line) or [None]
-        if name is None:
+    repeated = None  # the first user with a second line, and its number
+
+    def number(rows):
+        """Return the numbers of the users, one a row that is not blank, and of the items."""
+        rows = [row for row in rows if row]
+        fields = set(map(len, rows))
+        if 1 in fields:
+            raise ValueError(
+                "expected `user item item ...`, or a header naming user and item columns; "
+                f"found {_shown(rows[0][0].decode())}"
+            )
+        if format == "pairs" and fields - {2}:
+            raise ValueError(f"expected `user item`, found {max(fields)} fields")
+        names = [row[0] for row in rows], [name for row in rows for name in row[1:]]
+        return users(users.array(names[0])), items(items.array(names[1]))
+
+    for piece in pieces:
+        rows = [line.split() for line in piece.split(b"\n")[:-1]]  # at spaces and tabs: nothing else is left
+        n_fields = np.array([len(row) for row in rows])
+        if not n_fields.any():
+            source.number += len(rows)
             continue
-        if not names:
-            lines.fail(f"expected `user item item ...`, or a header naming user and item columns; found {_shown(line)}")
-        many_fields |= len(names) > 1
-        if format == "pairs" and many_fields:
-            lines.fail(f"expected `user item`, found {1 + len(names)} fields")
-        if name in users:
-            repeated = repeated or (name, lines.number)
+        n_known = len(users.names)
+        try:
+            user_numbers, item_numbers = number(rows)
+        except ValueError:
+            source.fail_at_first(rows, number, lambda row: 1)
+        many_fields |= n_fields.max() > 2
+        again = user_numbers < n_known
+        again[np.setdiff1d(np.arange(len(again)), np.unique(user_numbers, return_index=True)[1])] = True
+        if again.any() and not repeated:
+            place = np.flatnonzero(n_fields)[np.argmax(again)]
+            repeated = rows[place][0].decode(), source.number + place + 1
         if many_fields and repeated:
-            name, lines.number = repeated
-            lines.fail(
-                f"user {_shown(name)} has a line already; a table of one interaction a line needs exactly "
+            source.number = repeated[1] - 1
+            source.fail(
+                f"user {_shown(repeated[0])} has a line already; a table of one interaction a line needs exactly "
                 "`user item`, or a header naming its columns"
             )
-        user_of.extend(itertools.repeat(users[name], len(names)))
-        item_of.extend(map(items.__getitem__, names))
-    return user_of, item_of, None, "lines: user item item ..." if many_fields else "pairs: user item"
+        user_of.append(np.repeat(user_numbers, n_fields[n_fields > 0] - 1))
+        item_of.append(item_numbers)
+        source.number += len(rows)
+    read_as = "lines: user item item ..." if many_fields else "pairs: user item"
+    return np.concatenate(user_of), np.concatenate(item_of), None, read_as
 
 
 def _looks_like_header(line):
     """Whether a line of two or three words consists of column names."""
     known = {name for names in COLUMN_NAMES.values() for name in names}
-    words = [re.sub("[_-]", "", word.lower()) for word in FIELD.findall(line)]
+    words = [re.sub("[_-]", "", word.lower()) for word in line.split()]
     return 2 <= len(words) <= 3 and set(words) <= known and len(set(words)) == len(words)
 
 
 class _Header(NamedTuple):
     delimiter: str
-    quoting: int
+    quoted: bool  # whether a field may stand in quotes
     places: tuple  # column numbers of user, item and, where there is one, timestamp
     fields: list  # as they stand in the file
 
 
-def _find_header(lines, line, format, columns):
+def _find_header(source, line, format, columns):
     """Return the _Header that the first line of a file is, or None."""
     if format in ("lines", "pairs"):
         return None
@@ -330,114 +394,157 @@ def _find_header(lines, line, format, columns):
         if None in found:
             continue
         if twice := [name for name in found if plain.count(name) > 1]:
-            lines.fail(
+            source.fail(
                 f"two columns are called {twice[0]!r}; rename one, or name others with --columns USER,ITEM[,TIME]"
             )
-        quoting = csv.QUOTE_NONE if inter else csv.QUOTE_MINIMAL
-        return _Header(delimiter, quoting, tuple(map(plain.index, found)), fields)
+        return _Header(delimiter, not inter, tuple(map(plain.index, found)), fields)
     return None
 
 
-def _read_table(lines, stream, users, items, header):
-    """Read the rows below a header; where it is None, say what was expected of it."""
-    if header is None:
-        first = next(stream)
-        lines.fail(f"no user and item columns in the header {_shown(first)}; name them with --columns USER,ITEM[,TIME]")
-    user_of, item_of, times = array("i"), array("i"), _Times(lines)
-    user_place, item_place, *time_place = header.places
+def _read_table(source, pieces, users, items, header):
+    """Read the rows below a header."""
+    user_of, item_of, times = [], [], _Times()
+    header_names = [header.fields[place].encode() for place in header.places]
 
-    def add(rows):
-        if set(map(len, rows)) != {len(header.fields)}:
-            rows = _even_rows(lines, rows, len(header.fields))
-            if not rows:
-                return
-        columns = list(zip(*rows))
-        if time_place:
-            times.extend(columns[time_place[0]])
-        user_of.extend(map(users.__getitem__, columns[user_place]))
-        item_of.extend(map(items.__getitem__, columns[item_place]))
-        names = header.fields[user_place], header.fields[item_place]
-        if names[0] in users and names[1] in items and names in zip(columns[user_place], columns[item_place]):
-            lines.fail("the header again: were two files joined? Delete this line")
+    def add(user_names, item_names, texts=None):
+        """Add columns: arrays of names and, where there are times, a list of texts."""
+        if ((item_names == header_names[1]) & (user_names == header_names[0])).any():
+            raise ValueError("the header again: were two files joined? Delete this line")
+        parts = users(user_names), items(item_names), None if texts is None else times.read(texts)
+        for column, part in zip((user_of, item_of, times.parts), parts):
+            column.append(part)
 
-    reader = csv.reader(stream, delimiter=header.delimiter, quoting=header.quoting, strict=True)
-    next(reader)
-    try:
-        before = lines.number
-        while rows := list(itertools.islice(reader, ROWS_AT_A_TIME)):
-            try:
-                add(rows)
-            except UserError:
-                lines.number = before
-                for row in rows:  # one of them is wrong, and says so when it is alone
-                    lines.number += 1 + sum(field.count("\n") for field in row)
-                    add([row])
-                raise
-            before = lines.number
-    except csv.Error as error:
-        lines.fail(f"not valid CSV ({error}); check its quotes")
+    def add_rows(rows):
+        """Add rows as csv reads them; blank ones are skipped."""
+        rows = [row for row in rows if len(row) > 1 or row and row[0].strip()]
+        width = len(header.fields)
+        for row in rows:
+            if len(row) != width and (len(row) != width + 1 or row[-1]):  # more: after a trailing delimiter
+                raise ValueError(f"{len(row)} fields where the header has {width}")
+        if rows:
+            columns = list(zip(*rows))
+            user_names, item_names, *texts = [[field.encode() for field in columns[place]] for place in header.places]
+            add(users.array(user_names), items.array(item_names), *texts)
+
+    first = next(pieces)
+    source.number += 1
+    pieces = itertools.chain([first[first.index(b"\n") + 1 :]], pieces)
+    for piece in pieces:
+        columns = _cut(piece, header)
+        try:
+            if columns is None:
+                raise ValueError
+            user_names, item_names, *texts = columns
+            add(user_names, item_names, *(column.tolist() for column in texts))
+        except ValueError:  # csv copes, or says what is wrong
+            _read_rows(source, itertools.chain([piece], pieces), header, add_rows)
+        source.number += piece.count(b"\n")
     if not user_of:
-        raise UserError(f"{lines.path}: no interactions below the header")
+        raise UserError(f"{source.path}: no interactions below the header")
     taken = [header.fields[place] for place in header.places]
     others = [name for place, name in enumerate(header.fields) if name and place not in header.places]
-    read_as = f"{'inter' if header.quoting == csv.QUOTE_NONE else 'csv'}: {', '.join(taken)}"
+    read_as = f"{'csv' if header.quoted else 'inter'}: {', '.join(taken)}"
     read_as += f" (not used: {', '.join(others)})" if others else ""
-    return user_of, item_of, times.result() if time_place else None, read_as
+    return np.concatenate(user_of), np.concatenate(item_of), times.all() if len(taken) > 2 else None, read_as
 
 
-def _even_rows(lines, rows, width):
-    """Return the rows that are not blank; each must have as many fields as the header, or one empty one more."""
-    rows = [row for row in rows if len(row) > 1 or row and row[0].strip()]
-    for row in rows:
-        if len(row) != width and (len(row) != width + 1 or row[-1]):  # more: after a trailing delimiter
-            lines.fail(f"{len(row)} fields where the header has {width}")
-    return rows
+def _cut(piece, header):
+    """Cut lines into columns; return those of header.places, arrays of bytes, or None where lines are not alike.
+
+    All lines must have as many fields as the header, and no quotes.
+    """
+    if header.quoted and b'"' in piece:
+        return None
+    text = np.frombuffer(piece + bytes(MAX_ID_BYTES), np.uint8)
+    ends = np.flatnonzero((text == ord(header.delimiter)) | (text == ord("\n")))
+    if not len(ends) or len(ends) % len(header.fields):
+        return None
+    starts = np.concatenate([[0], ends[:-1] + 1]).reshape(-1, len(header.fields))
+    ends = ends.reshape(starts.shape)
+    if piece.count(b"\n") != len(ends) or (text[ends[:, -1]] != ord("\n")).any():
+        return None
+    columns = []
+    for place in header.places:
+        lengths = ends[:, place] - starts[:, place]
+        longest = lengths.max()
+        if not 1 <= longest <= MAX_ID_BYTES:
+            return None
+        fields = sliding_window_view(text, longest)[starts[:, place]]  # [rows, longest], a copy
+        fields[np.arange(longest) >= lengths[:, None]] = 0
+        columns.append(fields.view(f"S{longest}")[:, 0])
+    return columns
+
+
+def _read_rows(source, pieces, header, add_rows):
+    """Read the rest of a table by Python's csv."""
+
+    def lines():
+        for piece in pieces:
+            for number, line in enumerate(io.StringIO(piece.decode()), source.number + 1):
+                source.number = number
+                yield line
+
+    quoting = csv.QUOTE_MINIMAL if header.quoted else csv.QUOTE_NONE
+    reader = csv.reader(lines(), delimiter=header.delimiter, quoting=quoting, strict=True)
+    try:
+        n_read = source.number
+        while rows := list(itertools.islice(reader, ROWS_AT_A_TIME)):
+            try:
+                add_rows(rows)
+            except ValueError:
+                source.number = n_read
+                source.fail_at_first(rows, add_rows, lambda row: 1 + sum(field.count("\n") for field in row))
+            n_read = source.number
+    except csv.Error as error:
+        source.number -= 1
+        source.fail(f"not valid CSV ({error}); check its quotes")
 
 
 class _Times:
-    """Timestamps: 64-bit integers as long as all are (nanoseconds do not fit a float), else floats.
+    """Timestamps as they are read: int64 as long as all are whole (nanoseconds do not fit a float), else float64.
 
     Dates, ISO 8601, are seconds since 1970, in UTC where they name no zone.
     """
 
-    def __init__(self, lines):
-        self.lines, self.values, self.dated = lines, array("q"), None
+    def __init__(self):
+        self.parts, self.dated = [], None
 
-    def extend(self, texts):
-        values, dated = self._numbers(texts), False
-        if values is None:
-            values, dated = self._dates(texts), True
+    def read(self, texts):
+        """Return an array of times. Raises ValueError for what is neither number nor date, or unlike those before."""
+        times, dated = _numbers(texts), False
+        if times is None:
+            times, dated = _dates(texts), True
         if self.dated not in (None, dated):
             kinds = ("a date, where those before it are numbers", "a number, where those before it are dates")
-            self.lines.fail(f"timestamp {_shown(texts[0])} is {kinds[self.dated]}")
+            raise ValueError(f"timestamp {_shown(texts[0].decode())} is {kinds[self.dated]}")
         self.dated = dated
-        if values.typecode != self.values.typecode:
-            self.values, values = array("d", self.values), array("d", values)
-        self.values.extend(values)
+        return times
 
-    def _numbers(self, texts):
-        """Return the array of numbers that texts are, or None."""
-        with contextlib.suppress(ValueError, OverflowError):
-            return array("q", map(int, texts))
-        with contextlib.suppress(ValueError):
-            values = array("d", map(float, texts))
-            return values if all(map(math.isfinite, values)) else None
-        return None
+    def all(self):
+        return np.concatenate(self.parts)
 
-    def _dates(self, texts):
-        """Return the array of seconds that texts, as dates, are."""
-        try:
-            seconds = [_seconds(text.strip()) for text in texts]
-        except (ValueError, OverflowError):
-            self.lines.fail(
-                f"timestamp {_shown(texts[0])} is neither a number, such as 1400000000, nor an ISO date, "
-                "such as 2014-05-13 16:53:20"
-            )
-        whole = [int(value) for value in seconds]
-        return array("q", whole) if whole == seconds else array("d", seconds)
 
-    def result(self):
-        return np.frombuffer(self.values, self.values.typecode)
+def _numbers(texts):
+    """Return an array of the numbers that texts are, or None."""
+    with contextlib.suppress(ValueError, OverflowError):
+        return np.fromiter(map(int, texts), np.int64, len(texts))
+    with contextlib.suppress(ValueError):
+        numbers = np.fromiter(map(float, texts), np.float64, len(texts))
+        return numbers if np.isfinite(numbers).all() else None
+    return None
+
+
+def _dates(texts):
+    """Return an array of the seconds since 1970 that texts, as dates, are. Raises ValueError where one is none."""
+    try:
+        seconds = np.array([_seconds(text.decode().strip()) for text in texts])
+    except (ValueError, OverflowError):
+        raise ValueError(
+            f"timestamp {_shown(texts[0].decode())} is neither a number, such as 1400000000, nor an ISO date, "
+            "such as 2014-05-13 16:53:20"
+        ) from None
+    whole = seconds.astype(np.int64)
+    return whole if (whole == seconds).all() else seconds
 
 
 def _seconds(date):
