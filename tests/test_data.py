@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from minirec import data, planted
 from minirec.errors import UserError
 
+UNORDERED = [("u1", "c", 30), ("u2", "b", 10), ("u1", "b", 20), ("u1", "a", 10), ("u2", "a", 10)]
 EXPECTED = {"u1": ["a", "b", "c"], "u2": ["b", "a"]}
 
 
@@ -18,21 +19,29 @@ def histories(log):
     return {user: [log.items[i] for i in log.history(u)] for u, user in enumerate(log.users)}
 
 
-@pytest.mark.parametrize(
-    "text",
-    [
-        "u1 a b c\nu2 b a\n",
-        "\n  u1\ta  b c \r\n\r\nu2 b a",
-        "u1 a\nu2 b\nu1 b\nu1 c\nu2 a\n",
-        "user,item\nu1,a\nu2,b\nu1,b\nu1,c\nu2,a\n",
-        "\ufeffItem_ID;Rating;User_ID;\na;1;u1;\nb;2;u2;\nb;3;u1;\nc;4;u1;\na;5;u2;\n",
-        "userId,movieId,timestamp\nu1,c,3\nu2,b,1\nu1,b,2\nu1,a,-1.5\nu2,a,1\n",
-        'user,item,review,time\nu1,"b","said ""no, thanks""",2\nu2,b,,1\nu1,a,,1\nu1,c,,1e3\nu2,a,,1\n',
-        "user_id:token\titem_id:token\trating:float\ttimestamp:float\n"
-        'u1\tb\t"5\t20\nu1\ta\t3\t10\nu1\tc\t3\t30\nu2\tb\t1\t5\nu2\ta\t1\t5\n',
-    ],
-    ids=["lines", "lines, untidy", "pairs", "csv", "csv, BOM", "csv, time", "csv, quotes", "inter"],
-)
+WELL_FORMED = {
+    "lines": "u1 a b c\nu2 b a\n",
+    "lines, untidy": "\n  u1\ta  b c \r\n\r\nu2 b a",
+    "pairs": "u1 a\nu2 b\nu1 b\nu1 c\nu2 a\n",
+    "csv": "user,item\nu1,a\nu2,b\nu1,b\nu1,c\nu2,a\n",
+    "csv, BOM": "\ufeffItem_ID;Rating;User_ID;\na;1;u1;\nb;2;u2;\nb;3;u1;\nc;4;u1;\na;5;u2;\n",
+    "csv, trailing delimiters": "user,item\nu1,a,\nu2,b,\nu1,b,\nu1,c,\nu2,a,\n",
+    "csv, time": "userId,movieId,timestamp\nu1,c,3\nu2,b,1\nu1,b,2\nu1,a,-1.5\nu2,a,1\n",
+    "csv, quotes": 'user,item,review,time\nu1,"b","said ""no, thanks""",2\nu2,b,,1\nu1,a,,1\nu1,c,,1e3\nu2,a,,1\n',
+    "csv, line breaks in quotes": 'user,review,item\nu1,"two\n\nlines",a\nu2,,b\nu1,,b\nu1,,c\nu2,,a\n',
+    "csv, all quoted": '"user","item","time"\r\n' + "".join(f'"{u}","{i}","{t}"\r\n' for u, i, t in UNORDERED),
+    "csv, dates": "user,item,date\nu1,c,2014-05-03\nu2,b,2013-01-01\nu1,b,2014-05-02\nu1,a,1969-12-31\n"
+    "u2,a,2013-01-02\n",
+    "csv, moments": "user|item|time\nu1|c|2014-05-03T12:00:00.5Z\nu2|b|2014-05-03 00:00\n"
+    "u1|b|2014-05-03 14:00:00.25+02:00\nu1|a|2014-05-03 12:00:00\nu2|a|2014-05-03 00:00:01\n",
+    "csv, old Mac": "user,item\ru1,a\ru2,b\ru1,b\ru1,c\ru2,a",
+    "csv, blank lines": "\n\nuser,item\n\nu1,a\nu2,b\nu1,b\n   \nu1,c\nu2,a\n\n\n",
+    "inter": "user_id:token\titem_id:token\trating:float\ttimestamp:float\n"
+    'u1\tb\t"5\t20\nu1\ta\t3\t10\nu1\tc\t3\t30\nu2\tb\t1\t5\nu2\ta\t1\t5\n',
+}
+
+
+@pytest.mark.parametrize("text", WELL_FORMED.values(), ids=WELL_FORMED)
 @pytest.mark.parametrize("zipped", [False, True])
 def test_every_format_is_recognised_and_read(tmp_path, text, zipped):
     path = tmp_path / "log"
