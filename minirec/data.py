@@ -64,7 +64,7 @@ FOREIGN = {  # how files begin that are no logs: what they are, and what to do
     rb"PAR1\x15": ("a Parquet file", PANDAS.format("parquet(FILE)")),
     rb"\x80[\x02-\x05]": ("a Python pickle, which could run any code", "make a CSV of it where you trust it"),
     rb"\x93NUMPY|\x89HDF|ARROW1|SQLite format 3\0|\xd0\xcf\x11\xe0|%PDF-": ("a binary file", "make a CSV of it"),
-    rb"\s*\[?\s*\{\s*[\"']": ("JSON", PANDAS.format("json(FILE, lines=True)")),
+    rb"\s*(\[\s*)?\{\s*[\"']": ("JSON", PANDAS.format("json(FILE, lines=True)")),
     rb"(?i)\s*<(!doctype|html|\?xml)": ("a web page", "fetch the log itself; this may be the page of an error"),
     # Byte order marks, or what zeros say of the first character
     rb"\xff\xfe\0\0|[\n-~]\0\0\0": ("UTF-32 text", ICONV.format("UTF-32LE")),
@@ -74,6 +74,7 @@ FOREIGN = {  # how files begin that are no logs: what they are, and what to do
 }
 EPOCH = datetime.fromisoformat("1970-01-01 00:00:00+00:00")
 PIECE_BYTES = 1 << 22  # read at a time
+HEAD_BYTES = 1 << 12  # that tell what a file is
 ROWS_AT_A_TIME = 1 << 14  # through Python's csv
 MAX_LINE_BYTES = 1 << 24
 MAX_ID_BYTES = 256
@@ -109,6 +110,10 @@ class Log:
 # Reading
 
 
+class _Wrong(Exception):
+    """What is wrong with one of several rows; whoever knows their lines makes a UserError of it."""
+
+
 class _Pieces:
     """The pieces of a file, whole lines of UTF-8 text as bytes, each line ended by a line feed alone.
 
@@ -125,19 +130,19 @@ class _Pieces:
 
     def fail_at_first(self, rows, add, n_lines):
         """Raise the error of the first of the rows, which lie in the lines that are looked at, at which add(rows)
-        raises ValueError. n_lines(row): how many lines a row takes."""
+        raises _Wrong. n_lines(row): how many lines a row takes."""
         while len(rows) > 1:
             half = rows[: len(rows) // 2]
             try:
                 add(half)
-            except ValueError:
+            except _Wrong:
                 rows = half
             else:
                 self.number += sum(map(n_lines, half))
                 rows = rows[len(half) :]
         try:
             add(rows)
-        except ValueError as error:
+        except _Wrong as error:
             self.number += n_lines(rows[0]) - 1  # its last line
             self.fail(str(error))
 
@@ -161,7 +166,7 @@ class _Pieces:
         at, n_bytes, rest, returns_only = 0, 0, b"", False
         while chunk := stream.read(PIECE_BYTES):
             if not n_bytes:
-                self._check_kind(chunk)
+                self._check_kind(chunk[:HEAD_BYTES])
                 chunk = chunk.removeprefix(b"\xef\xbb\xbf")  # a byte order mark
                 returns_only = b"\r" in chunk[:-1] and b"\n" not in chunk  # as text from an old Mac
             n_bytes += len(chunk)
@@ -191,7 +196,7 @@ class _Pieces:
     def _checked(self, piece):
         """Return the lines with line feeds alone at their ends; refuse what is not text."""
         if b"\r" in piece:
-            piece = re.sub(rb"\r+\n", b"\n", piece)
+            piece = re.sub(rb"(?<!\r)\r+\n", b"\n", piece)
         if piece.isascii() and len(piece.translate(None, ASCII_CONTROLS)) == len(piece):
             return piece
         try:
@@ -221,7 +226,7 @@ class _Numbering:
         self.known, self.numbers = np.empty(0, "S1"), np.empty(0, np.int32)  # sorted; and the number of each
 
     def __call__(self, names):
-        """Return the numbers of names [m], bytes. Raises ValueError, and changes nothing, where one is no name."""
+        """Return the numbers of names [m], bytes. Raises _Wrong, and changes nothing, where one is no name."""
         found, first, which = np.unique(names, return_index=True, return_inverse=True)
         places = np.searchsorted(self.known, found)
         old = places < len(self.known)
@@ -239,16 +244,16 @@ class _Numbering:
     def _checked(self, name):
         text = name.decode()
         if not text.strip():
-            raise ValueError(f"empty {self.what}")
+            raise _Wrong(f"empty {self.what}")
         if "\n" in text:
-            raise ValueError(f"a line break in the {self.what} id {_shown(text)}")
+            raise _Wrong(f"a line break in the {self.what} id {_shown(text)}")
         return text
 
     def array(self, names):
-        """Return a list of names as an array. Raises ValueError where one is too long for a name."""
-        longest = max(map(len, names))
+        """Return a list of names as an array. Raises _Wrong where one is too long for a name."""
+        longest = max(map(len, names), default=0)
         if longest > MAX_ID_BYTES:
-            raise ValueError(f"{self.what} id of {longest} bytes: at most {MAX_ID_BYTES} are accepted")
+            raise _Wrong(f"{self.what} id of {longest} bytes: at most {MAX_ID_BYTES} are accepted")
         return np.array(names, "S")
 
 
@@ -321,12 +326,12 @@ def _read_lines(source, pieces, users, items, format):
         rows = [row for row in rows if row]
         fields = set(map(len, rows))
         if 1 in fields:
-            raise ValueError(
+            raise _Wrong(
                 "expected `user item item ...`, or a header naming user and item columns; "
                 f"found {_shown(rows[0][0].decode())}"
             )
         if format == "pairs" and fields - {2}:
-            raise ValueError(f"expected `user item`, found {max(fields)} fields")
+            raise _Wrong(f"expected `user item`, found {max(fields)} fields")
         names = [row[0] for row in rows], [name for row in rows for name in row[1:]]
         return users(users.array(names[0])), items(items.array(names[1]))
 
@@ -339,18 +344,20 @@ def _read_lines(source, pieces, users, items, format):
         n_known = len(users.names)
         try:
             user_numbers, item_numbers = number(rows)
-        except ValueError:
+        except _Wrong:
             source.fail_at_first(rows, number, lambda row: 1)
         many_fields |= n_fields.max() > 2
-        again = user_numbers < n_known
-        again[np.setdiff1d(np.arange(len(again)), np.unique(user_numbers, return_index=True)[1])] = True
-        if again.any() and not repeated:
-            place = np.flatnonzero(n_fields)[np.argmax(again)]
-            repeated = rows[place][0].decode(), source.number + place + 1
+        if not repeated:
+            again = np.ones(len(user_numbers), bool)
+            again[np.unique(user_numbers, return_index=True)[1]] = False  # the first of a piece, and
+            again |= user_numbers < n_known  # of all
+            if again.any():
+                place = np.flatnonzero(n_fields)[np.argmax(again)]
+                repeated = rows[place][0].decode(), source.number + place
         if many_fields and repeated:
-            source.number = repeated[1] - 1
+            name, source.number = repeated
             source.fail(
-                f"user {_shown(repeated[0])} has a line already; a table of one interaction a line needs exactly "
+                f"user {_shown(name)} has a line already; a table of one interaction a line needs exactly "
                 "`user item`, or a header naming its columns"
             )
         user_of.append(np.repeat(user_numbers, n_fields[n_fields > 0] - 1))
@@ -409,7 +416,7 @@ def _read_table(source, pieces, users, items, header):
     def add(user_names, item_names, texts=None):
         """Add columns: arrays of names and, where there are times, a list of texts."""
         if ((item_names == header_names[1]) & (user_names == header_names[0])).any():
-            raise ValueError("the header again: were two files joined? Delete this line")
+            raise _Wrong("the header again: were two files joined? Delete this line")
         parts = users(user_names), items(item_names), None if texts is None else times.read(texts)
         for column, part in zip((user_of, item_of, times.parts), parts):
             column.append(part)
@@ -420,7 +427,7 @@ def _read_table(source, pieces, users, items, header):
         width = len(header.fields)
         for row in rows:
             if len(row) != width and (len(row) != width + 1 or row[-1]):  # more: after a trailing delimiter
-                raise ValueError(f"{len(row)} fields where the header has {width}")
+                raise _Wrong(f"{len(row)} fields where the header has {width}")
         if rows:
             columns = list(zip(*rows))
             user_names, item_names, *texts = [[field.encode() for field in columns[place]] for place in header.places]
@@ -433,10 +440,10 @@ def _read_table(source, pieces, users, items, header):
         columns = _cut(piece, header)
         try:
             if columns is None:
-                raise ValueError
+                raise _Wrong
             user_names, item_names, *texts = columns
             add(user_names, item_names, *(column.tolist() for column in texts))
-        except ValueError:  # csv copes, or says what is wrong
+        except _Wrong:  # csv copes, or says what is wrong
             _read_rows(source, itertools.chain([piece], pieces), header, add_rows)
         source.number += piece.count(b"\n")
     if not user_of:
@@ -491,7 +498,7 @@ def _read_rows(source, pieces, header, add_rows):
         while rows := list(itertools.islice(reader, ROWS_AT_A_TIME)):
             try:
                 add_rows(rows)
-            except ValueError:
+            except _Wrong:
                 source.number = n_read
                 source.fail_at_first(rows, add_rows, lambda row: 1 + sum(field.count("\n") for field in row))
             n_read = source.number
@@ -510,13 +517,13 @@ class _Times:
         self.parts, self.dated = [], None
 
     def read(self, texts):
-        """Return an array of times. Raises ValueError for what is neither number nor date, or unlike those before."""
+        """Return an array of times. Raises _Wrong for what is neither number nor date, or unlike those before."""
         times, dated = _numbers(texts), False
         if times is None:
             times, dated = _dates(texts), True
         if self.dated not in (None, dated):
             kinds = ("a date, where those before it are numbers", "a number, where those before it are dates")
-            raise ValueError(f"timestamp {_shown(texts[0].decode())} is {kinds[self.dated]}")
+            raise _Wrong(f"timestamp {_shown(texts[0].decode())} is {kinds[self.dated]}")
         self.dated = dated
         return times
 
@@ -535,11 +542,11 @@ def _numbers(texts):
 
 
 def _dates(texts):
-    """Return an array of the seconds since 1970 that texts, as dates, are. Raises ValueError where one is none."""
+    """Return an array of the seconds since 1970 that texts, as dates, are. Raises _Wrong where one is none."""
     try:
         seconds = np.array([_seconds(text.decode().strip()) for text in texts])
     except (ValueError, OverflowError):
-        raise ValueError(
+        raise _Wrong(
             f"timestamp {_shown(texts[0].decode())} is neither a number, such as 1400000000, nor an ISO date, "
             "such as 2014-05-13 16:53:20"
         ) from None

@@ -1,10 +1,20 @@
 """Readers, splits, windows and batches."""
 
+import bz2
 import gzip
+import importlib
+import io
+import lzma
+import os
+import pickle
+import re
+import tarfile
+import zipfile
 
 import numpy as np
 import pytest
-from conftest import log_of, real_log
+from click.testing import CliRunner
+from conftest import ROOT, log_of, real_log, run_cli
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -100,45 +110,235 @@ def test_any_strings_are_ids(tmp_path_factory, sequences):
 
 
 GOOD = "u1 a b c\nu2 b a\n"
-MALFORMED = {
-    "empty": (b"", "empty"),
-    "blank": (b"\n \n\n", "empty"),
-    "binary": (b"\x89PNG\r\n\x1a\n\x00\x00", "line 1: byte 1 is not UTF-8"),
-    "NUL": (b"u1 a b c\nu2 a\x00b c\n", "line 2: control character U\\+0000"),
-    "escape": (b"u1 a b c\nu2 a \x1b[2J c\n", "line 2: control character U\\+001B"),
-    "C1 control": ("u1 a b c\nu2 a\x9bb c\n".encode(), "line 2: control character U\\+009B"),
-    "latin-1": ("u1 a b c\nu2 caf\xe9 b\n".encode("latin-1"), "line 2: byte 7 is not UTF-8"),
-    "UTF-16": (GOOD.encode("utf-16"), "UTF-16 text.*iconv -f UTF-16LE"),
-    "long id": (b"u1 a b c\nu2 " + b"x" * 257 + b" b\n", "line 2: item id of 257 bytes"),
-    "one line": (b"u1 a b c\n", "1 user"),
-    "prose": (b"hello\n", "line 1: expected"),
-    "short": (b"u1 a b\nu2 b a\n", "no user has 3"),
-    "lone user": (b"u1 a b c\nu2\n", "line 2: expected"),
-    "headerless ratings": (b"u1 a 5\nu2 b 3\nu1 b 4\n", "line 3: user 'u1' has a line already"),
-    "pairs, then a line": (b"u1 a\nu1 b\nu2 a b c\n", "line 2: user 'u1' has a line already"),
-    "unknown columns": (b"foo,bar\n1,2\n", "line 1: expected"),
-    "header only": (b"user,item,time\n", "no interactions"),
-    "spaced header": (b"user_id item_id\nu1 a\nu1 b\n", "line 1: a header .* separated by spaces"),
-    "broken id": (b'user,item\nu1,"a\nb"\n', "line 3: a line break in the item id"),
-    "ragged": (b"user,item\nu1,a\nu1,b,c\n", "line 3: 3 fields where the header has 2"),
-    "ragged, short": (b"user,item\nu1,a\nu1\n", "line 3: 1 fields"),
-    "empty item": (b"user,item\nu1,a\nu1,\n", "line 3: empty item"),
-    "NaN time": (b"user,item,time\nu1,a,1\nu1,b,nan\n", "line 3: timestamp 'nan'"),
-    "text time": (b"user,item,time\nu1,a,yesterday\n", "line 2: timestamp 'yesterday'"),
-    "empty time": (b"user,item,time\nu1,a,\n", "line 2: timestamp ''"),
-    "bad quotes": (b'user,item\nu1,"a"b\n', "line 2: not valid CSV"),
-    "open quotes": (b'user,item\nu1,"a\nu1,b\n', "line 3: not valid CSV"),
-    "damaged gzip": (gzip.compress(GOOD.encode())[:-9], "damaged gzip"),
-}
+TABLE = "user,item,time\nu1,a,1\nu1,b,2\nu1,c,3\nu2,a,1\n"
+
+
+def zip_file(name):
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as archive:
+        archive.writestr(name, TABLE)
+    return buffer.getvalue()
+
+
+def tar_file():
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w") as archive:
+        archive.addfile(tarfile.TarInfo("log.csv"))
+    return buffer.getvalue()
+
+
+def npy_file():
+    buffer = io.BytesIO()
+    np.save(buffer, np.arange(9))
+    return buffer.getvalue()
+
+
+def malformed_files():
+    """Yield names, files, and what must be said of them."""
+    # Nothing, or nothing to use
+    yield "empty", b"", "empty"
+    yield "blank", b"\n \n\n", "empty"
+    yield "blank, CRLF", b"\r\n\r\n", "empty"
+    yield "a byte order mark alone", b"\xef\xbb\xbf", "empty"
+    yield "an empty gzip file", gzip.compress(b""), "empty"
+    yield "one line", b"u1 a b c\n", "1 user"
+    yield "one user", b"user,item\nu1,a\nu1,b\nu1,c\n", "1 user"
+    yield "short", b"u1 a b\nu2 b a\n", "no user has 3"
+    yield "short pairs", b"u1 a\nu2 b\n", "no user has 3"
+    yield "prose", b"hello\n", "line 1: expected"
+    yield (
+        "prose of many words",
+        b"It was the best of times,\nit was the worst of times,\nIt was\n",
+        "line 3: user 'It' has",
+    )
+    # Other files
+    for name, content, message in (
+        ("zip", zip_file("log.csv"), "a zip archive.*unzip"),
+        ("xlsx", zip_file("[Content_Types].xml"), "an Excel workbook.*save its sheet as CSV"),
+        ("xlsx, other order", zip_file("xl/workbook.xml"), "an Excel workbook"),
+        ("xls", b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1" + bytes(99), "binary"),
+        ("tar", tar_file(), "a tar archive"),
+        ("tar.gz", gzip.compress(tar_file()), "a tar archive"),
+        ("gzip, twice", gzip.compress(gzip.compress(GOOD.encode())), "line 1: byte 2 is not UTF-8"),
+        ("bz2", bz2.compress(GOOD.encode()), "not by gzip"),
+        ("xz", lzma.compress(GOOD.encode()), "not by gzip"),
+        ("zstd", b"\x28\xb5\x2f\xfd\x04\x00" + bytes(20), "not by gzip"),
+        ("parquet", b"PAR1\x15\x04\x15" + bytes(40) + b"PAR1", "a Parquet file.*read_parquet"),
+        ("npy", npy_file(), "binary"),
+        ("HDF5", b"\x89HDF\r\n\x1a\n" + bytes(40), "binary"),
+        ("SQLite", b"SQLite format 3\0" + bytes(40), "binary"),
+        ("PDF", b"%PDF-1.7\n%\xe2\xe3\xcf\xd3\n", "binary"),
+        ("PNG", b"\x89PNG\r\n\x1a\n\x00\x00", "line 1: byte 1 is not UTF-8"),
+        ("ELF", b"\x7fELF\x02\x01\x01" + bytes(40), "control character U\\+007F"),
+        ("JSON", b'{"user": "u1", "item": "a"}\n{"user": "u1", "item": "b"}\n', "JSON.*read_json"),
+        ("JSON, a list", b'[{"user": "u1"}]', "JSON"),
+        ("JSON, indented", b'[\n  {\n    "user": "u1"\n  }\n]', "JSON"),
+        ("Python's dicts", b"{'reviewerID': 'u1', 'asin': 'a'}\n", "JSON"),
+        ("HTML", b"<!DOCTYPE html>\n<html><body>404</body></html>\n", "a web page"),
+        ("HTML, untidy", b"\n <HTML><body>Sign in</body></HTML>\n", "a web page"),
+        ("XML", b"<?xml version='1.0'?>\n<a/>\n", "a web page"),
+    ):
+        yield name, content, message
+    for protocol in (2, 3, 4, 5):
+        yield f"pickle {protocol}", pickle.dumps([("u1", "a")], protocol), "a Python pickle"
+    whole = gzip.compress(GOOD.encode())
+    for size in (2, 5, 12, len(whole) - 9, len(whole) - 1):
+        yield f"{size} bytes of gzip", whole[:size], "damaged gzip"
+    yield "gzip, another byte", whole[:-6] + bytes([whole[-6] ^ 1]) + whole[-5:], "damaged gzip"
+    yield "gzip, more after it", whole + b"more", "damaged gzip"
+    yield "no gzip but its name", b"\x1f\x8bu1 a b c\n", "damaged gzip"
+    # Text in other encodings, and what is no text
+    for encoding in ("utf-16-le", "utf-16-be", "utf-32-le", "utf-32-be"):
+        name = encoding.upper().replace("-LE", "LE").replace("-BE", "BE")
+        for mark in ("", "\ufeff"):
+            yield f"{encoding} {mark!a}", (mark + TABLE).encode(encoding), f"{name[:6]} text.*iconv -f {name}"
+    for encoding, text in (
+        ("latin-1", "caf\xe9"), ("cp1252", "it\u2019s"), ("shift-jis", "\u6a5f"), ("euc-kr", "\uae30"),
+        ("gbk", "\u4e2d"),
+    ):  # fmt: skip
+        yield encoding, f"user,item\nu1,a\nu1,{text}\n".encode(encoding), "line 3: byte \\d is not UTF-8"
+    for name, content in (
+        ("cut", b"\xe2\x82"), ("overlong", b"\xc0\xaf"), ("surrogate", b"\xed\xa0\x80"), ("lone", b"\x80"),
+    ):  # fmt: skip
+        yield f"UTF-8, {name}", b"u1 a b c\nu2 x" + content + b" a\n", "line 2: byte 5 is not UTF-8"
+    for code in (0, 1, 7, 8, 11, 12, 13, 14, 26, 27, 31, 127, 128, 133, 155, 159):
+        yield f"U+{code:04X}", f"u1 a b c\nu2 a{chr(code)}b c\n".encode(), f"line 2: control character U\\+{code:04X}"
+        yield (
+            f"U+{code:04X} in a table",
+            f"{TABLE}u2,a{chr(code)}b,4\n".encode(),
+            f"line 6: control character U\\+{code:04X} at character 5",
+        )
+    # Ids
+    yield "long item", b"u1 a b c\nu2 " + b"x" * 257 + b" b\n", "line 2: item id of 257 bytes"
+    yield "long user", b"u1 a b c\n" + b"x" * 257 + b" a b\n", "line 2: user id of 257 bytes"
+    yield (
+        "long item of a table",
+        TABLE.encode() + ("u2," + "\u00e9" * 129 + ",5\n").encode(),
+        "line 6: item id of 258 bytes",
+    )
+    yield "long user of a table", TABLE.encode() + b"u" * 300 + b",a,5\n", "line 6: user id of 300 bytes"
+    yield "long line", b"u1 a b c\nu2 " + b"x" * (17 << 20), "line 2: longer than 16 MiB"
+    yield "broken id", b'user,item\nu1,"a\nb"\n', "line 3: a line break in the item id"
+    yield "broken user", b'user,item\nu1,a\n"u\n2",a\n', "line 4: a line break in the user id"
+    # Lines and pairs
+    yield "lone user", b"u1 a b c\nu2\n", "line 2: expected"
+    yield "lone user after blank lines", b"\n\nu1 a b c\n\nu2\n", "line 5: expected"
+    yield "headerless ratings", b"u1 a 5\nu2 b 3\nu1 b 4\n", "line 3: user 'u1' has a line already"
+    yield "headerless CSV", b"u1,a,5\nu2,b,3\n", "line 1: expected"
+    yield "pairs, then a line", b"u1 a\nu1 b\nu2 a b c\n", "line 2: user 'u1' has a line already"
+    yield "spaced header", b"user_id item_id\nu1 a\nu1 b\n", "line 1: a header .* separated by spaces"
+    # Headers
+    yield "unknown columns", b"foo,bar\n1,2\n", "line 1: expected"
+    yield "no item column", b"user,rating\nu1,3\n", "line 1: expected"
+    yield "header only", b"user,item,time\n", "no interactions"
+    yield "header only, no line break", b"user,item", "no interactions"
+    yield "header and blank lines", b"user,item\n\n\n", "no interactions"
+    yield "inter, header only", b"user_id:token\titem_id:token\n", "no interactions"
+    yield "two user columns", b"user,item,user\nu1,a,u2\n", "line 1: two columns are called 'user'"
+    yield "two like columns", b"Item ID,user,item_id\na,u1,b\n", "line 1: two columns are called 'itemid'"
+    yield "header twice", b"user,item\nu1,a\nu1,b\nuser,item\nu1,c\n", "line 4: the header again"
+    yield "header twice, with times", f"{TABLE}{TABLE}".encode(), "line 6: the header again"
+    # Rows
+    for delimiter in data.DELIMITERS:
+        rows = TABLE.replace(",", delimiter)
+        for name, row, message in (
+            ("short", "u3{0}a", "2 fields where the header has 3"),
+            ("long", "u3{0}a{0}1{0}x", "4 fields"),
+            ("single", "u3", "1 fields"),
+            ("without a user", "{0}a{0}1", "empty user"),
+            ("without an item", "u3{0} {0}1", "empty item"),
+            ("without a time", "u3{0}a{0}", "timestamp ''"),
+        ):
+            text = f"{rows}{row.format(delimiter)}\n{rows.split(chr(10), 1)[1]}"
+            yield f"{name} at {delimiter!r}", text.encode(), f"line 6: {message}"
+    yield "inter, ragged", b"user_id:token\titem_id:token\nu1\ta\nu1\n", "line 3: 1 fields"
+    yield "a bad row after blank and quoted lines", b'user,item\n\n"u1",a\n\n\nu1,"b"\nu1\n', "line 7: 1 fields"
+    yield "a bad row after a quoted line break", b'user,x,item\nu1,"\n\n",a\nu1\n', "line 5: 1 fields"
+    yield "bad quotes", b'user,item\nu1,"a"b\n', "line 2: not valid CSV"
+    yield "open quotes", b'user,item\nu1,"a\nu1,b\n', "line 3: not valid CSV"
+    for text in (
+        "nan", "inf", "-Infinity", "1e999", "yesterday", "0x10", "None", "1 000", "1.2.3", "--1", "12:00",
+        "2014-13-01", "2014-02-30", "2014-05", "05/03/2014", "2014/05/03", "3 May 2014", "2014-05-03 25:00",
+        "9" * 5000 + "x",
+    ):  # fmt: skip
+        yield (
+            f"time {text[:20]}",
+            f"{TABLE}u2,b,{text}\nu2,c,4\n".encode(),
+            f"line 6: timestamp '{re.escape(text[:20])}",
+        )
+    yield "a date after numbers", f"{TABLE}u2,b,2014-05-03\n".encode(), "line 6: timestamp .* is a date, where"
+    dates = "".join(f"u{i % 2},a,2014-05-{10 + i}\n" for i in range(20))
+    yield "a number after dates", f"user,item,time\n{dates}u1,b,20140503\n".encode(), "line 22: .* is a number, where"
+
+
+MALFORMED = {name: (content, message) for name, content, message in malformed_files()}
+
+
+def test_the_corpus_is_large():
+    assert len(MALFORMED) > 150
+
+
+@pytest.fixture(scope="module")
+def cli():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(ROOT)
+        yield importlib.import_module("cli").main
 
 
 @pytest.mark.parametrize("content, message", MALFORMED.values(), ids=MALFORMED)
-def test_malformed_logs_are_refused_naming_file_and_line(tmp_path, content, message):
+def test_malformed_logs_are_refused_naming_file_and_line(tmp_path, cli, content, message):
     path = tmp_path / "bad.log"
     path.write_bytes(content)
-    with pytest.raises(UserError, match=f"bad.log.*{message}") as caught:
-        data.read_log(path)
-    assert "\n" not in str(caught.value)
+    result = CliRunner().invoke(cli, ["data", str(path)])
+    assert result.exit_code == 1 and isinstance(result.exception, SystemExit), result.exception
+    assert result.stdout == "" and len(result.stderr.splitlines()) == 1 and result.stderr.isprintable() <= 1
+    assert re.match(f"Error: {re.escape(str(path))}(:|,) ?.*{message}", result.stderr), result.stderr
+    assert list(tmp_path.iterdir()) == [path] and path.read_bytes() == content
+
+
+@pytest.mark.parametrize("name", ["U+0000", "JSON", "headerless CSV", "time nan"])
+@pytest.mark.parametrize("command", [["data"], ["train", "--data"], ["study", "--data"]], ids=lambda words: words[0])
+def test_every_command_that_reads_a_log_refuses_it_alike(tmp_path, command, name):
+    (tmp_path / "bad.log").write_bytes(MALFORMED[name][0])
+    process = run_cli(*command, "bad.log", cwd=tmp_path)
+    assert process.returncode == 1 and re.match(f"Error: .*bad.log.*{MALFORMED[name][1]}", process.stderr)
+    assert "Traceback" not in process.stderr and process.stdout == ""
+    assert [file.name for file in tmp_path.iterdir()] == ["bad.log"]
+
+
+def test_what_is_wrong_is_found_wherever_it_stands(tmp_path, monkeypatch):
+    monkeypatch.setattr(data, "PIECE_BYTES", 300)
+    monkeypatch.setattr(data, "ROWS_AT_A_TIME", 7)
+    path = tmp_path / "log"
+    rows = [f"u{i % 9},i{i},{i}" for i in range(200)]
+    pairs = [f"u{i % 9} i{i}" for i in range(200)]
+    for place in range(0, 200, 17):
+        for bad, message in (("u1,,4", "empty item"), ("u1,a", "2 fields"), ('"u1",a,x', "timestamp 'x'")):
+            path.write_text("\n".join(["user,item,time", *rows[:place], bad, *rows[place:]]))
+            with pytest.raises(UserError, match=f"line {place + 2}: {message}"):
+                data.read_log(path)
+        for bad, message in (("u1", "expected"), ("u1 " + "x" * 300, "item id of 300"), ("u1 \x01", "control")):
+            path.write_text("\n".join([*pairs[:place], bad, *pairs[place:]]))
+            with pytest.raises(UserError, match=f"line {place + 1}: {message}"):
+                data.read_log(path)
+
+
+@pytest.mark.parametrize(
+    "text", [b"\n \r" * 700_000, b"u1 a b\n" + b"\r" * 3_000_000 + b"u2", b"u1 \n" + b" " * 3_000_000]
+)
+def test_endless_blanks_are_read_in_linear_time(tmp_path, text):
+    (tmp_path / "log").write_bytes(text)
+    with pytest.raises(UserError):
+        data.read_log(tmp_path / "log")  # or does not end
+
+
+def test_a_file_that_grows_out_of_proportion_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(data, "EXPANSION_FROM", 1 << 20)
+    path = tmp_path / "bomb.gz"
+    for content in (b"u1 a\n" * 10**6, b"\n" * 10**7, b"user,item\n" + b"u1,a\n" * 10**6):
+        path.write_bytes(gzip.compress(content))
+        with pytest.raises(UserError, match="bomb.gz: grows more than 100-fold"):
+            data.read_log(path)
 
 
 @pytest.mark.parametrize(
@@ -157,10 +357,20 @@ def test_what_was_asked_for_but_is_not_there_is_refused(tmp_path, format, column
         data.read_log(path, format, columns)
 
 
-@pytest.mark.parametrize("make", [lambda p: None, lambda p: p.mkdir()], ids=["missing", "folder"])
-def test_what_is_no_file_is_refused(tmp_path, make):
+@pytest.mark.parametrize(
+    "make, message",
+    [
+        (lambda path: None, "cannot be read .No such file"),
+        (lambda path: path.mkdir(), "cannot be read .Is a directory"),
+        (lambda path: os.mkfifo(path), "not a regular file"),
+        (lambda path: path.symlink_to("/dev/zero"), "not a regular file"),
+        (lambda path: path.symlink_to(path), "cannot be read .Too many levels"),
+    ],
+    ids=["missing", "folder", "FIFO", "device", "loop"],
+)
+def test_what_is_no_file_is_refused(tmp_path, make, message):
     make(tmp_path / "log")
-    with pytest.raises(UserError, match="log: cannot be read"):
+    with pytest.raises(UserError, match=f"log: {message}"):
         data.read_log(tmp_path / "log")
 
 

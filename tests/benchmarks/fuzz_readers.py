@@ -21,7 +21,8 @@ from unittest.mock import patch
 import click
 import numpy as np
 
-sys.path[:0] = [str(Path(__file__).resolve().parents[n]) for n in (1, 2)]
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from test_data import MALFORMED, WELL_FORMED
 
