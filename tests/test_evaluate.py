@@ -1,5 +1,6 @@
 """Ranks and metrics against a sort of the whole catalogue, and the traps of this field."""
 
+import math
 from dataclasses import replace
 
 import numpy as np
@@ -91,6 +92,16 @@ def test_metrics_are_ordered(ranks):
     values = evaluate.metrics(np.array(ranks))
     for k in evaluate.CUTOFFS:
         assert 0 <= values[f"MRR@{k}"] <= values[f"NDCG@{k}"] <= values[f"HR@{k}"] <= 1
+
+
+@given(st.lists(st.one_of(st.integers(0, 150), st.just(evaluate.MISS)), min_size=1, max_size=30))
+def test_metrics_equal_those_of_a_plain_loop(ranks):
+    values = evaluate.metrics(np.array(ranks))
+    for k in evaluate.CUTOFFS:
+        hits = [rank for rank in ranks if rank < k]
+        assert values[f"HR@{k}"] == pytest.approx(len(hits) / len(ranks))
+        assert values[f"NDCG@{k}"] == pytest.approx(sum(1 / math.log2(rank + 2) for rank in hits) / len(ranks))
+        assert values[f"MRR@{k}"] == pytest.approx(sum(1 / (rank + 1) for rank in hits) / len(ranks))
 
 
 def test_recommendations_are_the_best_unseen_items(log, parameters):

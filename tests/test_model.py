@@ -5,6 +5,8 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from minirec import gradcheck, model
 from minirec.attention import WEIGHTINGS
@@ -94,6 +96,20 @@ def test_the_company_in_a_batch_changes_nothing():
         (alone,) = model.encode(parameters, config, [sequence])
         assert x.shape == (min(len(sequence), config.max_length), config.hidden_size)
         np.testing.assert_allclose(x, alone, atol=1e-14)
+
+
+@given(st.lists(st.tuples(st.integers(0, 30), st.integers(1, 9)), min_size=1, max_size=12))
+def test_a_packed_batch_holds_every_sequence_and_its_targets(windows):
+    flat = np.random.default_rng(0).permutation(50)
+    starts, lengths = np.array(windows).T
+    batch = model.pack(flat, starts, lengths)
+    ends = np.cumsum(batch.lengths)
+    for place, end in zip(batch.order, ends):
+        rows, start, length = slice(end - lengths[place], end), *windows[place]
+        np.testing.assert_array_equal(batch.items[rows], flat[start : start + length])
+        np.testing.assert_array_equal(batch.targets[rows], flat[start + 1 : start + length + 1])
+        np.testing.assert_array_equal(batch.positions[rows], np.arange(length))
+    assert sorted(batch.order) == list(range(len(windows))) and len(batch.items) == ends[-1] == lengths.sum()
 
 
 def test_only_the_last_max_length_items_count():
