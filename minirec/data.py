@@ -319,9 +319,9 @@ def _read_lines(source, pieces, users, items, format):
     in lines a user comes once, in pairs a line has two fields. A file with neither is neither."""
     user_of, item_of = [], []
     many_fields = format == "lines"
-    repeated = None  # the first user with a second line, and its number
+    repeated = None  # the first user with a second line, and how many lines lie before it
 
-    def number(rows):
+    def numbers_of(rows):
         """Return the numbers of the users, one a row that is not blank, and of the items."""
         rows = [row for row in rows if row]
         fields = set(map(len, rows))
@@ -343,9 +343,9 @@ def _read_lines(source, pieces, users, items, format):
             continue
         n_known = len(users.names)
         try:
-            user_numbers, item_numbers = number(rows)
+            user_numbers, item_numbers = numbers_of(rows)
         except _Wrong:
-            source.fail_at_first(rows, number, lambda row: 1)
+            source.fail_at_first(rows, numbers_of, lambda row: 1)
         many_fields |= n_fields.max() > 2
         if not repeated:
             again = np.ones(len(user_numbers), bool)
