@@ -26,13 +26,14 @@ from click.core import ParameterSource
 
 import minirec
 from minirec import backend, files, planted, runs
+from minirec import catalogue as cataloguing
 from minirec import gradcheck as checking
 from minirec import report as reporting
 from minirec import study as studying
 from minirec import trace as tracing
 from minirec.attention import WEIGHTINGS
 from minirec.backend import load as load_backend
-from minirec.data import FORMATS, SPLITS, training_windows
+from minirec.data import FORMATS, SPLITS, k_core, read_log, training_windows
 from minirec.decompose import RATIOS, contributions, summarise
 from minirec.decompose import decompose as decompose_sequences
 from minirec.describe import describe
@@ -47,6 +48,7 @@ from minirec.train import train as train_model
 from minirec.workers import abort, launched_rank, launched_ranks, usable_cores, worker_map
 
 DEFAULT_DATA = "household"
+CATALOGUE = Path(__file__).parent / "datasets" / "catalogue.json"
 TRAINING_OPTIONS = ("loss", "negatives", "epochs", "batch_size", "lr", "patience", "seed", "backend")
 EPOCHS, EPOCHS_EMBEDDED = 200, 100  # of a study: the embedded datasets must show their regimes in minutes
 SIZE = click.IntRange(1, 1 << 24)
@@ -960,6 +962,67 @@ def data_group():
     python cli.py data ratings.csv --help     how to say what its columns are called
     python cli.py data ./fetch                a file that is called like a command
     """
+
+
+@data_group.command()
+@click.argument("name", required=False)
+@click.option("--out", type=click.Path(path_type=Path), default="datasets", show_default=True, help="The folder.")
+def fetch(name, out):
+    """Fetch a public log as OUT/NAME.csv; without NAME, list what there is.
+
+    A transfer that breaks off goes on with the same command. What may not be downloaded directly, or was
+    downloaded already, is taken from the folder under its publisher's file name.
+
+    \b
+    python cli.py data fetch ml-100k
+    """
+    entries = cataloguing.read_catalogue(CATALOGUE)
+    if name is None:
+        click.echo("\n".join(catalogue_table(entries.values())))
+        return
+    if name not in entries:
+        near = difflib.get_close_matches(name, entries, 1, 0.4)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        raise UserError(f"no {name!r} in the catalogue{hint} (python cli.py data fetch lists it)")
+    entry = entries[name]
+    say(f"{entry.title}, {entry.page}; licence: {entry.licence}")
+    try:
+        path, before = cataloguing.fetch(entry, out, progress, lambda text: say(one_line(text)))
+    except KeyboardInterrupt:
+        say("\nstopped; the same command goes on from here")
+        raise click.exceptions.Exit(INTERRUPTED) from None
+    say(f"{path} is there already; remove it to fetch it again" if before else f"wrote {path}")
+    with reading(path) as update:
+        log = read_log(path, "csv", None, update)
+    click.echo(counts_line(log, entry.counts))
+    core = ""
+    if entry.k_core:
+        core = f" --k-core {entry.k_core['k']}"
+        click.echo(f"with{core}: {counts_line(k_core(log, entry.k_core['k']), entry.k_core)}")
+    path = shlex.quote(str(path))
+    say(f"next: python cli.py data {path}{core}; python cli.py study --data {path}{core}")
+
+
+def counts_line(log, published):
+    """Return the counts of a log as text, beside the published ones."""
+    found = {"users": len(log.users), "items": len(log.items), "interactions": len(log.sequence)}
+    text = ", ".join(f"{count:,} {what}" for what, count in found.items())
+    if published is None:
+        return text
+    if found.items() <= published.items():
+        return f"{text}: as published ({published['from']})"
+    return (
+        f"{text}; NOT the published {', '.join(f'{published[what]:,} {what}' for what in found)} ({published['from']})"
+    )
+
+
+def catalogue_table(entries):
+    """Return the catalogue as lines of text, a row a log."""
+    yield f"{'NAME':<20}{'users':>10}{'items':>11}{'interactions':>14}{'download':>11}  licence"
+    for entry in entries:
+        cells = [f"{entry.counts[what]:,}" if entry.counts else "-" for what in ("users", "items", "interactions")]
+        size = f"{'' if entry.bytes else '<'}{entry.at_most_bytes / 1e6:,.0f} MB" if entry.url else "by hand"
+        yield f"{entry.name:<20}{cells[0]:>10}{cells[1]:>11}{cells[2]:>14}{size:>11}  {entry.licence}"
 
 
 @click.command(cls=NamedByItsArgument)

@@ -2,7 +2,7 @@
 
 Read the modules in this order: errors, backend, ops, attention, loss, model, optimizer, data,
 describe, planted, files, runs, workers, evaluate, train, decompose, baselines, statistics, study,
-figures, gradcheck, trace, report.
+figures, gradcheck, trace, report, catalogue.
 """
 
 __version__ = "0.1.0"
