@@ -314,6 +314,7 @@ def malformed_files():
         ):
             text = f"{rows}{row.format(delimiter)}\n{rows.split(chr(10), 1)[1]}"
             yield f"{name} at {delimiter!r}", text.encode(), f"line 6: {message}"
+    yield "rows that are ragged and even on average", b"user,item\nu1,a\nu1\nu2,b,c\n", "line 3: 1 fields"
     yield "inter, ragged", b"user_id:token\titem_id:token\nu1\ta\nu1\n", "line 3: 1 fields"
     yield "a bad row after blank and quoted lines", b'user,item\n\n"u1",a\n\n\nu1,"b"\nu1\n', "line 7: 1 fields"
     yield "a bad row after a quoted line break", b'user,x,item\nu1,"\n\n",a\nu1\n', "line 5: 1 fields"
@@ -367,6 +368,18 @@ def test_every_command_that_reads_a_log_refuses_it_alike(tmp_path, command, name
     assert process.returncode == 1 and re.match(f"Error: .*bad.log.*{MALFORMED[name][1]}", process.stderr)
     assert "Traceback" not in process.stderr and process.stdout == ""
     assert [file.name for file in tmp_path.iterdir()] == ["bad.log"]
+
+
+def test_names_are_known_again_in_later_pieces(tmp_path, monkeypatch):
+    monkeypatch.setattr(data, "PIECE_BYTES", 20)
+    path = tmp_path / "log"
+    names = [f"{'x' * (i % 13)}{i % 26}" for i in range(100)]  # the first are short
+    path.write_text("user,item\n" + "".join(f"{name},{name}\n" for name in names))
+    log = data.read_log(path)
+    assert log.users == log.items == names[:26]
+    path.write_text("u1 a b c\n" + "".join(f"u{i} a b c\n" for i in range(2, 50)) + "u1 a\n")
+    with pytest.raises(UserError, match="line 50: user 'u1' has a line already"):
+        data.read_log(path)
 
 
 def test_what_is_wrong_is_found_wherever_it_stands(tmp_path, monkeypatch):
