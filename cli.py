@@ -1049,7 +1049,7 @@ def describe_file(path, as_json, **options):
     if result["split"]["test_users"]:
         say(f"next: python cli.py study --data {shlex.quote(path)}{_given(options, *options)}")
     else:
-        say("next: choose a smaller --k-core; no user is left with enough interactions to hold one out")
+        say("next: filter less; no user is left with enough interactions to hold one out")
 
 
 def _given(options, *names):

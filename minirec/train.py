@@ -36,6 +36,8 @@ def train(log, settings, folder, resume=False, on_step=None, on_epoch=None, stop
     config, training = runs.model_config(settings), settings["training"]
     xp = backend.load(training["backend"])
     split = runs.split_log(log, settings)
+    if not len(split.valid.users):
+        raise UserError("nothing to validate on: no user has as many as three interactions, of which two are held out")
     windows = training_windows(log, split, config.max_length)
     if not len(windows[0]):
         raise UserError(

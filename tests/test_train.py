@@ -350,10 +350,11 @@ def test_a_link_in_a_run_folder_is_never_written_through(small, tmp_path, name):
     assert sorted(f.name for f in (tmp_path / "run").iterdir()) == FILES
 
 
-def test_nothing_to_train_on_leaves_no_folder(small, tmp_path):
+@pytest.mark.parametrize("length, what", [(3, "train"), (2, "validate")])
+def test_nothing_to_train_or_validate_on_leaves_no_folder(small, tmp_path, length, what):
     _, settings = small
-    log = data.Log(["a", "b"], ["x", "y"], np.array([0, 3, 6]), np.array([0, 1, 0, 1, 0, 1], np.int32))
-    with pytest.raises(UserError, match="nothing to train on"):
+    log = data.Log(["a", "b"], ["x", "y"], length * np.arange(3), np.arange(2 * length, dtype=np.int32) % 2)
+    with pytest.raises(UserError, match=f"nothing to {what} on"):
         train(log, settings, tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
