@@ -63,8 +63,10 @@ def replace(path, fill, previous=None):
     if hasattr(os, "O_DIRECTORY"):  # the rename itself must reach the disk too, where a folder can be synced
         with contextlib.suppress(OSError):
             folder = os.open(path.parent, os.O_DIRECTORY)
-            os.fsync(folder)
-            os.close(folder)
+            try:
+                os.fsync(folder)
+            finally:
+                os.close(folder)
 
 
 def _keep(path, previous):

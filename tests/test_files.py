@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import stat
 import struct
 import tracemalloc
 import zipfile
@@ -157,3 +158,19 @@ def test_a_full_disk_leaves_the_old_file_and_nothing_else(tmp_path):
     with pytest.raises(UserError, match="x: cannot be written .No space left on device"):
         files.replace(tmp_path / "x", fill, tmp_path / "before")
     assert json.loads((tmp_path / "x").read_text()) == [1] and os.listdir(tmp_path) == ["x"]
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/fd"), reason="counts this process's open files")
+def test_a_folder_that_cannot_be_synced_is_not_left_open(tmp_path, monkeypatch):
+    real = os.fsync
+
+    def fsync(handle):
+        if stat.S_ISDIR(os.fstat(handle).st_mode):
+            raise OSError(22, "Invalid argument")
+        real(handle)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    before = len(os.listdir("/proc/self/fd"))
+    files.write_json(tmp_path / "x", [1])
+    assert files.read_json(tmp_path / "x") == [1]
+    assert len(os.listdir("/proc/self/fd")) == before
