@@ -272,8 +272,9 @@ def _answer(url, headers):
 
     def cut_when_late():
         while not answered.wait(2 * TIMEOUT):
-            with suppress(OSError, AttributeError):  # not connected yet, or gone
-                socket.socket.shutdown(connection.sock, socket.SHUT_RDWR)
+            if (sock := connection.sock) is not None:  # else it is not connected yet, or gone
+                with suppress(OSError):
+                    socket.socket.shutdown(sock, socket.SHUT_RDWR)
 
     threading.Thread(target=cut_when_late, daemon=True).start()
     try:

@@ -3,6 +3,7 @@
 import base64
 import gzip
 import hashlib
+import http.client
 import io
 import json
 import re
@@ -322,6 +323,22 @@ def test_a_hostile_server_gets_one_line_and_nothing_in(serve, tmp_path, monkeypa
 
 def test_an_error_page_is_not_the_file_where_only_a_bound_is_known(serve, tmp_path):
     refused(entry_of(GOOD, serve(says(200, body=b"<html>")).url), tmp_path, "nothing kept: its SHA-256 is")
+
+
+def test_a_connection_that_takes_long_to_come_about_is_no_crash(serve, monkeypatch):
+    server, crashes = serve(whole()), []
+    monkeypatch.setattr(catalogue, "TIMEOUT", 0.3)
+    monkeypatch.setattr(threading, "excepthook", crashes.append)
+    connect = http.client.HTTPConnection.connect
+
+    def late(connection):
+        server.over.wait(0.9)
+        connect(connection)
+
+    monkeypatch.setattr(http.client.HTTPConnection, "connect", late)
+    with pytest.raises(catalogue.Broken, match="no answer within"):
+        catalogue._answer(server.url, {})
+    assert not crashes
 
 
 def test_nothing_but_https_is_asked_or_followed():
