@@ -314,7 +314,7 @@ def describe_study(folder):
         datasets = [describe_result(name, result) for name, result in results["datasets"].items()]
         if not datasets:
             raise ValueError("no dataset")
-    except (KeyError, TypeError, AttributeError, ValueError, IndexError) as error:
+    except (LookupError, TypeError, AttributeError, ValueError, ArithmeticError, RecursionError) as error:
         reason = f"{type(error).__name__}: {error}"
         raise UserError(f"{path}: not a study's results ({reason}); run the study again") from None
     points = [[name, p["mixing_ratio"], mean_g(p["hedges_g"].values())] for name, p in theirs["datasets"].items()]

@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
@@ -21,6 +22,7 @@ from minirec.data import Log, leave_one_out
 from minirec.errors import UserError
 
 QUICK = ("--epochs", 1, "--seeds", 2, "--attn", "softmax", "--attn", "uniform")
+DEEP = 700 if sys.version_info < (3, 12) else 5000  # lists within lists, which are read and no further walked through
 HOSTILE = [
     "</script><script>alert(1)</script>",
     "<img/src=x/onerror=alert(2)>",
@@ -316,6 +318,8 @@ def test_the_page_of_a_study_holds_its_results(studied):
         lambda text: '{"datasets": {"small": {}}}',
         lambda text: text.replace('"users": 60', '"users": "many"'),
         lambda text: re.sub(r'"attention": \[', '"attention": [7, ', text),
+        lambda text: re.sub(r'"attention": \[', f'"attention": [{"[" * DEEP}{"]" * DEEP}, ', text, count=1),
+        lambda text: re.sub(r'"mean_g": [^,]+', f'"mean_g": {10**400}', text),
     ],
 )
 def test_a_damaged_study_is_named(studied, tmp_path, damage):
