@@ -880,8 +880,9 @@ def report(run, data, out):
         run = Run(folder, "report", data=data)
         found = reporting.describe_run(folder, run.settings, run.parameters, run.log(), progress)
     page = reporting.page(found)
-    out = out or folder / "report.html"
-    files.write(out, lambda file: file.write(page))
+    # A link is followed where a person named it, never where it lay in a folder that may be a stranger's.
+    write, out = (files.write, out) if out else (files.replace, folder / "report.html")
+    write(out, lambda file: file.write(page))
     say(f"wrote {out}: {len(page) / 1e6:.2f} MB; open it in a browser")
 
 

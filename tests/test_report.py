@@ -345,6 +345,17 @@ def test_the_newest_run_is_taken_and_a_report_makes_none_the_newest(trained, hos
     assert embedded((tmp_path / "page.html").read_bytes())["title"] == "household, softmax attention"
 
 
+def test_a_link_is_followed_where_it_is_named_and_nowhere_else(studied, tmp_path):
+    shutil.copytree(studied, tmp_path / "theirs", ignore=shutil.ignore_patterns("report.html"))
+    (tmp_path / "precious").write_text("mine")
+    (tmp_path / "theirs/report.html").symlink_to(tmp_path / "precious")
+    process = run_cli("report", "theirs", cwd=tmp_path)
+    assert process.returncode == 1 and "report.html: a regular file belongs here" in process.stderr
+    assert (tmp_path / "precious").read_text() == "mine"
+    assert run_cli("report", "theirs", "--out", "theirs/report.html", cwd=tmp_path).returncode == 0
+    assert (tmp_path / "precious").read_bytes().startswith(b"<!DOCTYPE html>")
+
+
 MISTAKES = {
     "no run": (["report"], 1, "python cli.py train"),
     "missing run": (["report", "nowhere"], 1, "not a run folder"),
