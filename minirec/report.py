@@ -36,7 +36,7 @@ from minirec.decompose import (
 from minirec.errors import UserError
 from minirec.evaluate import MISS, metrics, rank_targets, recommend
 from minirec.model import below
-from minirec.statistics import JUDGED_BY, METRICS, MIXES_ABOVE, mean_g, published, regime
+from minirec.statistics import METRICS, MIXES_ABOVE, mean_g, published, regime
 from minirec.study import COMPARED, describe_mixing, verdict
 from minirec.train import best, finished
 from minirec.workers import usable_cores, worker_map
@@ -128,7 +128,7 @@ def describe_run(folder, settings, parameters, log, progress=silent):
 
     settings, parameters, log: as from runs; progress(label, length): a context that yields update(n).
     """
-    config, records = runs.model_config(settings), run_records(folder)
+    config, records = runs.model_config(settings), runs.load_records(folder)
     test = runs.split_log(log, settings).test
     trained = "+".join(dict.fromkeys(config.weightings))
     # Softmax is never put in: where it was not trained, W_q and W_k are as drawn.
@@ -153,7 +153,7 @@ def describe_run(folder, settings, parameters, log, progress=silent):
         "facts": run_facts(folder, settings, log, records, test, ranks[0]),
         "weightings": list(configs),
         "metrics": [rounded(metrics(r)) for r in ranks],
-        "curves": {name: [rounded(record.get(name)) for record in records] for name in ("loss", JUDGED_BY)},
+        "curves": {name: [rounded(record.get(name)) for record in records] for name in ("loss", runs.SELECTED_BY)},
         "best_epoch": best(records)["epoch"] if records else None,
         "n_items": config.n_items,
         "n_test": len(histories),
@@ -161,11 +161,6 @@ def describe_run(folder, settings, parameters, log, progress=silent):
         "items": [legible(log.items[i]) for i in items],
         **mixing(describe_mixing(decomposed)),
     }
-
-
-def run_records(folder):
-    """Return the records of a run's epochs."""
-    return runs.load_records(folder, len(files.read_json_lines(folder / "metrics.jsonl")))
 
 
 def log_name(settings):
@@ -178,7 +173,7 @@ def run_facts(folder, settings, log, records, test, ranks):
     source, model, training = settings["data"], settings["model"], settings["training"]
     kept = "no epoch is finished yet"
     if records:
-        kept = f"epoch {best(records)['epoch']} of {len(records)}, the best on validation ({JUDGED_BY})"
+        kept = f"epoch {best(records)['epoch']} of {len(records)}, the best on validation ({runs.SELECTED_BY})"
         kept += "" if finished(records, training) else "; training is not finished"
     filters = [f"k-core {source['k_core']}"] * (source["k_core"] > 1) + ["repeats dropped"] * source["drop_repeats"]
     unreachable = int((ranks >= MISS).sum())

@@ -352,12 +352,13 @@ RECORDED = {"epoch", "loss", "steps", "train_seconds", SELECTED_BY}
 _is_number = _number(-(1 << 53), 1 << 53, (int, float))
 
 
-def load_records(folder, n):
-    """Return the first n records of metrics.jsonl: those of the epochs that the state has behind it.
+def load_records(folder, n=None):
+    """Return the records of metrics.jsonl, one an epoch; n: the first n of them, those that the state has behind it.
 
     More of them are of a run that was killed before it wrote its state; fewer cannot be.
     """
     records = read_json_lines(folder / "metrics.jsonl")[:n]
+    n = len(records) if n is None else n
     for epoch in range(1, n + 1):
         record = records[epoch - 1] if epoch <= len(records) else None
         numbers = isinstance(record, dict) and all(_is_number(x) for x in record.values())

@@ -96,7 +96,7 @@ def grid(datasets, weightings, n_seeds, out):
             raise UserError(f"{job.folder}: a link that leads out of {out}; choose another --out")
         if any((job.folder / name).exists() for name in (*runs.STATES, "analysis.json")):
             runs.check_same(job.folder, job.settings())
-            records = load_records(job)
+            records = runs.load_records(job.folder)
             if records[:-1] and finished(records[:-1], job.settings()["training"]):
                 raise UserError(
                     f"{job.folder}: ran for {len(records)} epochs, longer than --epochs and --patience allow now; "
@@ -191,7 +191,7 @@ def load_analysis(job):
 
     An analysis that is damaged, or of another run, counts as none: it can be made again.
     """
-    records = load_records(job)
+    records = runs.load_records(job.folder)
     if not records or not finished(records, job.settings()["training"]):
         return None
     try:
@@ -206,12 +206,6 @@ def load_analysis(job):
     fits = fits and isinstance(analysis, dict) and analysis.get("epochs") == len(records)
     needed = {"milliseconds_per_user", *(("mixing", "pictures") if softmax else ())}
     return (analysis, ranks) if fits and needed <= set(analysis) else None
-
-
-def load_records(job):
-    """Return the lines of a run's metrics.jsonl, [] where there is none."""
-    path = job.folder / "metrics.jsonl"
-    return runs.load_records(job.folder, len(files.read_json_lines(path))) if path.exists() else []
 
 
 # All runs
@@ -479,7 +473,7 @@ def times(jobs):
     for job in jobs:
         if loaded := load_analysis(job):
             own = found.setdefault(job.dataset.name, {}).setdefault(job.attn, {"train_seconds": [], "milliseconds": []})
-            own["train_seconds"].append(sum(record["train_seconds"] for record in load_records(job)))
+            own["train_seconds"].append(sum(record["train_seconds"] for record in runs.load_records(job.folder)))
             own["milliseconds"].append(loaded[0]["milliseconds_per_user"])
     return found
 
@@ -511,6 +505,6 @@ def learning_curves(jobs):
     curves = {}
     for job in jobs:
         if load_analysis(job):
-            values = [record[JUDGED_BY] for record in load_records(job)]
+            values = [record[JUDGED_BY] for record in runs.load_records(job.folder)]
             curves.setdefault(job.dataset.name, {}).setdefault(job.attn, []).append(values)
     return curves
