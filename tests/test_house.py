@@ -1,11 +1,15 @@
 """The order of the house: imports point up the reading order, the core stays small, heavy libraries stay out."""
 
 import ast
+import importlib
 import io
+import re
+import shlex
 import subprocess
 import sys
 import tokenize
 
+import click
 import pytest
 from conftest import ROOT
 
@@ -137,6 +141,32 @@ def test_the_readme_example_runs():
 
 def test_the_readme_opens_with_two_commands_of_one_line():
     assert [len(block.splitlines()) for block in readme_blocks("bash")[:2]] == [1, 1]
+
+
+OUR_TEXTS = "\n".join((ROOT / name).read_text() for name in ("README.md", "datasets/README.md"))
+
+
+def test_every_command_that_our_texts_quote_is_one_that_the_command_line_takes(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT)
+    main = importlib.import_module("cli").main
+    commands = re.findall(r"python cli\.py ?([^`#&|\n]*?)(?:  |[`#&|\n])", OUR_TEXTS)
+    assert len(commands) > 15
+    for line in commands:
+        rest = [word for word in shlex.split(line) if word not in ("...", "--help")]
+        context = main.make_context("cli.py", list(rest))
+        while isinstance(context.command, click.Group) and rest:  # parses and checks; runs nothing
+            name, command, rest = context.command.resolve_command(context, rest)
+            context = command.make_context(name, list(rest), parent=context)
+            rest = rest if isinstance(command, click.Group) else []
+
+
+def test_every_benchmark_that_our_texts_quote_takes_these_options():
+    scripts = {path.stem: path.read_text() for path in (ROOT / "tests/benchmarks").glob("*.py")}
+    found = re.findall(rf"`(?:python tests/benchmarks/)?({'|'.join(scripts)})\.py( [^`]*)?`", OUR_TEXTS)
+    assert {"training", "inference", "growth"} <= {name for name, _ in found}
+    for name, options in found:
+        for option in re.findall(r"--[\w-]+", options):
+            assert f'"{option}"' in scripts[name], f"{name}.py {option}"
 
 
 @pytest.mark.parametrize("path", [*sorted(PACKAGE.glob("*.py")), ROOT / "cli.py"], ids=lambda path: path.stem)
