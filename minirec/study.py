@@ -486,10 +486,14 @@ def write_results(out, results, rows):
     header, before, lines = ["dataset", "arm", "seed", *rows[0][3]], {}, []
     if (out / "study.json").exists() and (out / "study.csv").exists():
         found = files.read_json(out / "study.json")
-        before = found.get("datasets", {}) if isinstance(found, dict) else {}
-        with open(out / "study.csv", encoding="utf-8", newline="") as file:
-            found = list(csv.reader(file))
-        lines = [line for line in found[1:] if line and line[0] in before and line[0] not in results]
+        try:
+            before = dict(found["datasets"])
+            with open(out / "study.csv", encoding="utf-8", newline="") as file:
+                lines = [line for line in list(csv.reader(file))[1:] if line and line[0] in before.keys() - results]
+        except (TypeError, KeyError, ValueError, csv.Error) as error:
+            raise UserError(
+                f"{out}: study.json or study.csv is damaged ({error}); remove both, then start again"
+            ) from None
     everything = {name: result for name, result in before.items() if name not in results} | results
     for dataset, arm, seed, values in rows:
         lines.append([dataset, arm, "" if seed is None else seed, *(f"{value:.6f}" for value in values.values())])

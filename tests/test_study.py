@@ -165,6 +165,15 @@ def test_an_analysis_is_that_of_the_run_beside_it(finished, tmp_path):
     assert not (job.folder / "analysis.json").exists()
 
 
+@pytest.mark.parametrize("found", ["[]", '{"datasets": 3}', '{"datasets": [1]}'])
+def test_damaged_results_of_earlier_studies_are_named(tmp_path, found):
+    (tmp_path / "study.json").write_text(found)
+    (tmp_path / "study.csv").write_text("dataset,arm\n")
+    with pytest.raises(UserError, match="study.json or study.csv is damaged"):
+        study.write_results(tmp_path, {"small": {}}, [("small", "softmax", 0, {"HR@1": 0.5})])
+    assert (tmp_path / "study.json").read_text() == found
+
+
 def test_a_run_that_fails_is_named_and_does_not_stop_the_others(log_path, tmp_path):
     (tmp_path / "out/small/uniform-1").mkdir(parents=True)
     (tmp_path / "out/small/uniform-1/config.json").mkdir()  # cannot be written
