@@ -296,6 +296,8 @@ def train(ctx, out, resume, as_json, mpi_buffers, **options):
         runs.find_log(folder, before, options["data"] if given else None)
     elif resume and all(ctx.get_parameter_source(name) is ParameterSource.DEFAULT for name in options):
         raise UserError(f"{folder}: no run to go on with; start it with the options that it is to have")
+    elif resume:
+        say(f"{folder}: no run to go on with yet, so one is started")
     source = log_source(options["data"], options)
     sizes = [options[name] for name in ("hidden", "blocks", "heads", "max_length", "dropout", "attn")]
     try:
@@ -315,6 +317,8 @@ def train(ctx, out, resume, as_json, mpi_buffers, **options):
     folder = folder or runs.new_folder(log_name(options["data"]), config.attn)
     split = runs.split_log(log, settings)
     say(f"{options['data']}: {len(log.users):,} users, {len(log.items):,} items, {len(log.sequence):,} interactions")
+    if log.times is None and log.read_as.startswith("csv"):
+        say("no column of times was found, so the file's order counts; --columns USER,ITEM,TIME names one")
     if without := len(log.users) - len(split.test.users):
         say(f"{without:,} of the users have no test target and are kept for training only")
     say(f"{config.attn} attention, {config.n_blocks} blocks, D = {config.hidden_size} -> {folder}")
@@ -1105,7 +1109,9 @@ def description(result, split):
             ("", f"{share(repeats['exact_duplicates'], n)} again of the same user, item and time"),
         ]
     else:
-        lines.append(("time", "no timestamps: each user's interactions are in the file's order"))
+        lines.append(
+            ("time", "no timestamps: the file's order counts (--columns USER,ITEM,TIME names a column of times)")
+        )
     lines.append((split, f"{held['valid_users']:,} users for validation, {held['test_users']:,} for the test"))
     if held["test_users"]:
         unreachable = share(held["unreachable"], held["test_users"])

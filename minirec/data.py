@@ -48,7 +48,10 @@ COLUMN_NAMES = {  # lower case, without _ - and spaces; the first that a header 
         "sessionid",
     ),
     "item": ("item", "itemid", "iid", "asin", "parentasin", "product", "productid", "movieid", "artistid", "trackid"),
-    "timestamp": ("timestamp", "time", "ts", "unixreviewtime", "unixtime", "datetime", "date"),
+    "timestamp": (
+        *("timestamp", "time", "ts", "unixreviewtime", "unixtime", "datetime", "date"),
+        *("createdat", "eventtime", "purchasedate", "orderdate", "when"),
+    ),
 }
 DELIMITERS = "\t,;|"
 CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
@@ -327,7 +330,7 @@ def _read_lines(source, pieces, users, items, format):
         fields = set(map(len, rows))
         if 1 in fields:
             raise _Wrong(
-                "expected `user item item ...`, or a header naming user and item columns; "
+                "expected `user item item ...`, or a header (name its columns with --columns USER,ITEM[,TIME]); "
                 f"found {_shown(rows[0][0].decode())}"
             )
         if format == "pairs" and fields - {2}:

@@ -10,6 +10,7 @@ them cannot be hit, and stays in the mean as a miss.
 import numpy as np
 
 from minirec.backend import chunk_rows, get_array_module, plan, to_device, to_host
+from minirec.errors import UserError
 from minirec.model import forward, pack
 from minirec.workers import cut
 
@@ -19,7 +20,10 @@ MISS = 1 << 40  # the rank of a target that is no candidate
 
 
 def last_representations(parameters, config, sequence, starts, stops):
-    """Represent histories sequence[start:stop] by their last position, [c, D], without dropout."""
+    """Represent histories sequence[start:stop] by their last position, [c, D], without dropout.
+
+    Raises UserError where scores made of them could overflow, as after training with too large a learning rate.
+    """
     xp = get_array_module(parameters["item_embedding"])
     out = xp.empty((len(starts), config.hidden_size), parameters["item_embedding"].dtype)
     lengths = np.minimum(stops - starts, config.max_length)
@@ -28,6 +32,10 @@ def last_representations(parameters, config, sequence, starts, stops):
         x, _ = forward(parameters, config, batch)
         last = np.cumsum(batch.lengths) - 1
         out[to_device(piece[batch.order], xp)] = x[to_device(last, xp)]
+    items = parameters["item_embedding"]
+    bound = config.hidden_size * float(abs(out).max()) * float(abs(items).max())  # of |score|
+    if not bound < xp.finfo(out.dtype).max:
+        raise UserError("the model's scores are not finite: it diverged; train it again with a smaller --lr")
     return out
 
 

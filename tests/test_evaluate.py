@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from minirec import data, evaluate, model
+from minirec.errors import UserError
 from minirec.planted import household
 
 CONFIG = model.Config(n_items=200, hidden_size=8, max_length=10)
@@ -60,8 +61,19 @@ def test_ties_and_nan_never_favour_the_target(log, parameters):
     ranks = ranks_of(constant, log)
     hit = ranks != evaluate.MISS
     np.testing.assert_array_equal(ranks[hit], 199 - np.array(n_seen)[hit])
-    broken = parameters | {"item_embedding": np.full_like(parameters["item_embedding"], np.nan)}
-    assert (ranks_of(broken, log) == evaluate.MISS).all()
+    nothing = np.full((1, 5), np.nan)
+    assert evaluate.ranks_of(np.array([3]), nothing, np.zeros(1)) == [evaluate.MISS]
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+@pytest.mark.parametrize("size", [1e200, np.nan])
+def test_scores_that_are_not_finite_are_refused(log, parameters, size):
+    large = ("item_embedding", "blocks.1.ffn_norm.gamma")
+    diverged = parameters | {name: parameters[name] * size for name in large}
+    with pytest.raises(UserError, match="not finite: it diverged"):
+        ranks_of(diverged, log)
+    with pytest.raises(UserError, match="not finite: it diverged"):
+        list(evaluate.recommend(diverged, CONFIG, [log.history(0)], 5))
 
 
 def test_a_tie_that_rounding_splits_is_still_a_tie(log, parameters):
