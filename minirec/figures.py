@@ -114,7 +114,7 @@ def rq3_plane(results, path):
             style = {"marker": marker, "facecolor": face, "edgecolor": "black", "s": 26, "zorder": 3}
             axis.scatter(*zip(*group.values()), label=label, **style)
         for name, point in group.items():
-            side = -1 if group is own and point[0] > right / 4 else 1  # away from the published ones' names
+            side = -1 if group is own and point[0] > right / 5 else 1  # away from the published ones' names
             place = {
                 "xytext": (4 * side, 3 * side),
                 "textcoords": "offset points",
