@@ -12,6 +12,7 @@ is followed, and that only while the log's fingerprint still matches.
 """
 
 import contextlib
+import difflib
 import hashlib
 import json
 import math
@@ -121,7 +122,9 @@ def fingerprint(path):
             while chunk := file.read(1 << 20):
                 digest.update(chunk)
     except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror or error})") from None
+        near = difflib.get_close_matches(str(path), planted.DATASETS, 1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        raise UserError(f"{path}: cannot be read ({error.strerror or error}){hint}") from None
     return digest.hexdigest()
 
 

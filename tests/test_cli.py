@@ -232,6 +232,7 @@ def test_a_killed_run_leaves_no_worker_and_no_lock(tmp_path):
 
 MISTAKES = {
     "missing log": (["train", "--data", "nowhere.txt"], 1, "nowhere.txt"),
+    "misspelt dataset": (["train", "--data", "chian"], 1, "did you mean chain?"),
     "nothing to resume": (["train", "--resume", "--out", "nowhere"], 1, "no run to go on with"),
     "nothing to describe": (["data", "--json"], 2, "Missing argument 'FILE'"),
     "missing log to describe": (["data", "nowhere.txt"], 1, "nowhere.txt"),
