@@ -20,10 +20,7 @@ MISS = 1 << 40  # the rank of a target that is no candidate
 
 
 def last_representations(parameters, config, sequence, starts, stops):
-    """Represent histories sequence[start:stop] by their last position, [c, D], without dropout.
-
-    Raises UserError where scores made of them could overflow, as after training with too large a learning rate.
-    """
+    """Represent histories sequence[start:stop] by their last position, [c, D], without dropout."""
     xp = get_array_module(parameters["item_embedding"])
     out = xp.empty((len(starts), config.hidden_size), parameters["item_embedding"].dtype)
     lengths = np.minimum(stops - starts, config.max_length)
@@ -32,11 +29,19 @@ def last_representations(parameters, config, sequence, starts, stops):
         x, _ = forward(parameters, config, batch)
         last = np.cumsum(batch.lengths) - 1
         out[to_device(piece[batch.order], xp)] = x[to_device(last, xp)]
-    items = parameters["item_embedding"]
-    bound = config.hidden_size * float(abs(out).max()) * float(abs(items).max())  # of |score|
-    if not bound < xp.finfo(out.dtype).max:
-        raise UserError("the model's scores are not finite: it diverged; train it again with a smaller --lr")
     return out
+
+
+def largest_entry(items):
+    """Return the largest |entry| of the item table [V, D] as a float; the table may be too large to copy."""
+    return max(float(items.max()), -float(items.min()))
+
+
+def check_scores(x, largest):
+    """Raise UserError where scores of x [c, D] could overflow, given largest_entry: a model that diverged has such."""
+    bound = x.shape[1] * float(abs(x).max()) * largest  # of |x . item|
+    if not bound < get_array_module(x).finfo(x.dtype).max:
+        raise UserError("the model's scores are not finite: it diverged; train it again with a smaller --lr")
 
 
 def remove_seen(scores, sequence, starts, stops):
@@ -74,11 +79,12 @@ def rank_targets(parameters, config, sequence, cases, filter_seen=True, run=map)
     """
     xp = get_array_module(parameters["item_embedding"])
     items = parameters["item_embedding"]
-    rows = chunk_rows(xp, config.n_items, items.dtype.itemsize)
+    rows, largest = chunk_rows(xp, config.n_items, items.dtype.itemsize), largest_entry(items)
 
     def rank(chunk):
         starts, stops = cases.starts[chunk], cases.stops[chunk]
         x = last_representations(parameters, config, sequence, starts, stops)
+        check_scores(x, largest)
         ranks = []
         for part in chunks(len(starts), rows):
             scores = x[part] @ items.T  # [c, V]
@@ -132,11 +138,12 @@ def recommend(parameters, config, histories, k, run=map):
     sequence, stops = np.concatenate(histories), np.cumsum(lengths)
     items = parameters["item_embedding"]
     rows = chunk_rows(get_array_module(items), config.n_items, items.dtype.itemsize)
-    k = min(k, config.n_items)
+    k, largest = min(k, config.n_items), largest_entry(items)
 
     def best(chunk):
         starts, ends = stops[chunk] - lengths[chunk], stops[chunk]
         x = last_representations(parameters, config, sequence, starts, ends)
+        check_scores(x, largest)
         scores = x @ items.T  # [c, V]
         remove_seen(scores, sequence, starts, ends)
         return best_of(to_host(scores), k)
