@@ -236,6 +236,15 @@ def log_source(path, options):
     return source
 
 
+def load_log(source):
+    """Return the log that is asked for, under a bar where it is large; a table without times is remarked on."""
+    with reading(source["path"]) as update:
+        log = runs.load_log(source, update)
+    if log.times is None and log.read_as.startswith("csv"):
+        say(f"{source['path']}: no column of times, so the file's order counts; --columns USER,ITEM,TIME names one")
+    return log
+
+
 def versions():
     return {"minirec": minirec.__version__, "python": platform.python_version(), "numpy": np.__version__}
 
@@ -304,8 +313,7 @@ def train(ctx, out, resume, as_json, mpi_buffers, **options):
         Config(1, *sizes)
     except UserError as error:
         raise click.UsageError(str(error)) from None
-    with reading(source["path"]) as update:
-        log = runs.load_log(source, update)
+    log = load_log(source)
     config = Config(len(log.items), *sizes)
     workers = options["workers"] or max(1, usable_cores() // ranks.size)
     settings = {
@@ -317,8 +325,6 @@ def train(ctx, out, resume, as_json, mpi_buffers, **options):
     folder = folder or runs.new_folder(log_name(options["data"]), config.attn)
     split = runs.split_log(log, settings)
     say(f"{options['data']}: {len(log.users):,} users, {len(log.items):,} items, {len(log.sequence):,} interactions")
-    if log.times is None and log.read_as.startswith("csv"):
-        say("no column of times was found, so the file's order counts; --columns USER,ITEM,TIME names one")
     if without := len(log.users) - len(split.test.users):
         say(f"{without:,} of the users have no test target and are kept for training only")
     say(f"{config.attn} attention, {config.n_blocks} blocks, D = {config.hidden_size} -> {folder}")
@@ -538,8 +544,7 @@ def _show_study(results, everything, times, jobs, out, as_json):
 def _study_dataset(path, options):
     """Read a log, choose what was not given, and say what is studied."""
     source = log_source(path, options)
-    with reading(source["path"]) as update:
-        log = runs.load_log(source, update)
+    log = load_log(source)
     length, rate = studying.sensible(log)
     length, rate = options["max_length"] or length, rate if options["dropout"] is None else options["dropout"]
     epochs = options["epochs"] or (EPOCHS_EMBEDDED if runs.is_planted(path) else EPOCHS)
@@ -1041,8 +1046,7 @@ def describe_file(path, as_json, **options):
     python cli.py data ratings.csv --columns who,what,when --k-core 5
     """
     source = reading_options(path, options)
-    with reading(path) as update:
-        log = runs.load_log(source, update)
+    log = load_log(source)
     result = describe(log, runs.split_log(log, {"data": source}))
     result["study"] = dict(zip(("max_length", "dropout"), studying.sensible(log)))
     if as_json:
@@ -1109,15 +1113,11 @@ def description(result, split):
             ("", f"{share(repeats['exact_duplicates'], n)} again of the same user, item and time"),
         ]
     else:
-        lines.append(
-            ("time", "no timestamps: the file's order counts (--columns USER,ITEM,TIME names a column of times)")
-        )
+        lines.append(("time", "no timestamps: each user's interactions are in the file's order"))
     lines.append((split, f"{held['valid_users']:,} users for validation, {held['test_users']:,} for the test"))
     if held["test_users"]:
-        unreachable = share(held["unreachable"], held["test_users"])
-        lines.append(
-            ("", f"{unreachable} of the test targets are items the user had before: never hit with filter-seen")
-        )
+        seen = f"{share(held['unreachable'], held['test_users'])} of the test targets are items the user had before"
+        lines.append(("", seen + (": never hit with filter-seen" if held["unreachable"] else "")))
     lines += [(f"{k}-core", size(core)) for k, core in result["k_core"].items()]
     length, dropout = result["study"]["max_length"], result["study"]["dropout"]
     lines.append(("study", f"takes the last {length} items and dropout {dropout}"))

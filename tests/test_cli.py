@@ -61,6 +61,17 @@ def test_train_json_holds_the_test_metrics_and_nothing_else_is_on_stdout(tmp_pat
     assert settings["model"]["n_items"] == 6 and settings["training"]["seed"] == 0
 
 
+@pytest.mark.parametrize(
+    "command",
+    [("train", "--data", "log.csv", "--epochs", 1), ("study", "--data", "log.csv", "--epochs", 1), ("data", "log.csv")],
+)
+def test_a_table_without_times_is_remarked_on(tmp_path, command):
+    rows = [f"u{u},i{(u + i) % 5},{i}" for u in range(4) for i in range(4)]
+    (tmp_path / "log.csv").write_text("\n".join(["user,item,clicked", *rows]))
+    assert "log.csv: no column of times" in run_cli(*command, cwd=tmp_path).stderr
+    assert "no column of times" not in run_cli(*command, "--columns", "user,item,clicked", cwd=tmp_path).stderr
+
+
 def test_commands_without_a_run_take_the_newest(tmp_path):
     for attn in ("softmax", "identity"):
         run_cli("train", "--data", log_file(tmp_path), "--epochs", 1, "--attn", attn, cwd=tmp_path)
