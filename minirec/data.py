@@ -651,7 +651,8 @@ def leave_one_out(log):
 def temporal(log):
     """Return the Split at two moments: what was known then is trained on, what came later is predicted.
 
-    The test begins after the QUANTILE of all times, validation after the QUANTILE of those before it.
+    The test begins after the QUANTILE of all times. Validation begins after the QUANTILE of the times before
+    that, of the users with at least two interactions there (Kozaki et al. 2026: the others have nothing to validate).
     A user who was active in a part has their last item in it as its target, and all items before that as
     history; so nothing is trained on that happened after the moment at which the model is trained.
     Raises UserError for a log without times, or one in which a part has no target.
@@ -660,10 +661,11 @@ def temporal(log):
         raise UserError("the log has no timestamps, which --split temporal needs; use --split leave-one-out")
     users, n_users = users_of(log), len(log.users)
     test_begins = np.quantile(log.times, QUANTILE)
-    valid_begins = np.quantile(log.times[log.times <= test_begins], QUANTILE)
-    trained, known = (
-        np.bincount(users[log.times <= moment], minlength=n_users) for moment in (valid_begins, test_begins)
-    )
+    before = log.times <= test_begins
+    known = np.bincount(users[before], minlength=n_users)
+    usable = before & (known >= 2)[users]
+    valid_begins = np.quantile(log.times[usable], QUANTILE) if usable.any() else -np.inf
+    trained = np.bincount(users[log.times <= valid_begins], minlength=n_users)
     counts = np.diff(log.offsets)
     valid, test = ((after > before) & (after > 1) for before, after in ((trained, known), (known, counts)))
     for part, evaluated in (("validation", valid), ("test", test)):

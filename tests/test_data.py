@@ -487,7 +487,8 @@ def test_the_temporal_split_predicts_only_what_came_after_all_it_was_trained_on(
     split = data.temporal(log)
     trained = np.concatenate([log.times[a : a + n] for a, n in zip(log.offsets, split.train_lengths)])
     test_begins = np.quantile(log.times, 0.9)
-    valid_begins = np.quantile(log.times[log.times <= test_begins], 0.9)
+    known = [log.times[a:b][log.times[a:b] <= test_begins] for a, b in zip(log.offsets, log.offsets[1:])]
+    valid_begins = np.quantile(np.concatenate([times for times in known if len(times) > 1]), 0.9)
     assert sorted(trained) == sorted(log.times[log.times <= valid_begins])
     for part, begins, ends in ((split.valid, valid_begins, test_begins), (split.test, test_begins, np.inf)):
         expected = {}  # user -> place of the last item in the part, where something came before it
@@ -497,6 +498,17 @@ def test_the_temporal_split_predicts_only_what_came_after_all_it_was_trained_on(
                 expected[user] = inside[-1]
         assert dict(zip(part.users, part.stops)) == expected
         np.testing.assert_array_equal(part.starts, log.offsets[part.users])
+
+
+def test_validation_begins_at_the_quantile_of_users_who_have_something_to_validate():
+    """Before the first quantile, 88: the eleven times of one user, and two users with one time each, left out."""
+    log = log_of([list(range(11)), [0], [1], [2, 3]])
+    log.times = np.array([0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 80, 85, 90, 91])
+    split = data.temporal(log)
+    assert 85 < np.quantile(log.times, 0.9) < 90 and np.quantile(log.times[:11], 0.9) == 9
+    assert list(split.train_lengths) == [10, 0, 0, 0]
+    assert (list(split.valid.users), list(split.valid.stops)) == ([0], [10])
+    assert list(split.test.users) == [3]
 
 
 def test_the_temporal_split_says_what_it_lacks():
