@@ -31,7 +31,7 @@ from minirec import gradcheck as checking
 from minirec import report as reporting
 from minirec import study as studying
 from minirec import trace as tracing
-from minirec.attention import WEIGHTINGS
+from minirec.attention import known_weightings
 from minirec.backend import load as load_backend
 from minirec.data import FORMATS, SPLITS, k_core, read_log, training_windows
 from minirec.decompose import RATIOS, contributions, summarise
@@ -254,7 +254,7 @@ def versions():
 @log_options
 @backend_option
 @click.option(
-    "--attn", type=click.Choice(WEIGHTINGS), default="softmax", show_default=True, help="Attention weighting."
+    "--attn", type=click.Choice(known_weightings()), default="softmax", show_default=True, help="Attention weighting."
 )
 @click.option(
     "--loss",
@@ -319,7 +319,8 @@ def train(ctx, out, resume, as_json, mpi_buffers, **options):
     settings = {
         "data": source,
         "model": asdict(config),
-        "training": {name: options[name] for name in TRAINING_OPTIONS} | {"workers": workers},
+        "training": {name: options[name] for name in TRAINING_OPTIONS}
+        | {"workers": workers, "protocol": runs.PROTOCOL},
         "versions": versions(),
     }
     folder = folder or runs.new_folder(log_name(options["data"]), config.attn)
@@ -461,7 +462,7 @@ def metrics_table(values, title):
 @main.command()
 @click.option("--data", multiple=True, help="A log; give it once a log [default: the embedded datasets].")
 @log_options
-@click.option("--attn", type=click.Choice(WEIGHTINGS), multiple=True, help="Weightings [default: all three].")
+@click.option("--attn", type=click.Choice(known_weightings()), multiple=True, help="Weightings [default: all].")
 @click.option("--seeds", type=click.IntRange(1, 1000), default=3, show_default=True, help="Runs of each weighting.")
 @click.option("--epochs", type=click.IntRange(min=1), help="At most so many [default: 200; embedded datasets 100].")
 @click.option("--patience", type=click.IntRange(min=1), default=10, show_default=True, help="Epochs without a gain.")
@@ -474,7 +475,7 @@ def metrics_table(values, title):
 def study(data, attn, seeds, workers, out, as_json, **options):
     """Is learned attention needed on this data? The verdict.
 
-    A grid of runs: trains softmax, uniform and identity attention with the same seeds, measures how much the
+    A grid of runs: trains every attention weighting with the same seeds, measures how much the
     trained models mix positions, and names each log's regime, with statistics and figures. Started again, it
     goes on where it was stopped.
 
@@ -483,7 +484,7 @@ def study(data, attn, seeds, workers, out, as_json, **options):
     python cli.py study --data ratings.csv --seeds 5
     mpiexec -n 5 python cli.py study      four runs at a time, on one machine or several
     """
-    weightings = tuple(dict.fromkeys(attn)) or WEIGHTINGS
+    weightings = tuple(dict.fromkeys(attn)) or known_weightings()
     if not {"softmax", "uniform"} <= set(weightings):
         raise click.UsageError("a study compares softmax with uniform: --attn must name both.")
     try:
@@ -552,7 +553,7 @@ def _study_dataset(path, options):
         "data": source,
         "model": asdict(Config(len(log.items), max_length=length, dropout=rate)),
         "training": {param.name: param.default for param in train.params if param.name in TRAINING_OPTIONS}
-        | {"epochs": epochs, "patience": options["patience"], "backend": options["backend"]},
+        | {"epochs": epochs, "patience": options["patience"], "backend": options["backend"], "protocol": runs.PROTOCOL},
         "versions": versions(),
     }
     split = runs.split_log(log, settings)
@@ -667,7 +668,7 @@ def effect_lines(title, comparisons):
 @data_option
 @click.option("--split", type=click.Choice(["valid", "test"]), default="test", show_default=True)
 @click.option("--filter-seen/--no-filter-seen", default=True, help="Rank only items that the user has not had.")
-@click.option("--attn", type=click.Choice(WEIGHTINGS), help="Replace the trained weighting.")
+@click.option("--attn", type=click.Choice(known_weightings()), help="Replace the trained weighting.")
 @click.option("--attn-blocks", metavar="I,J", help="Replace it in these blocks only; 0 is the first.")
 @backend_option
 @workers_option
@@ -896,7 +897,7 @@ def report(run, data, out):
 
 
 @main.command()
-@click.option("--attn", type=click.Choice(WEIGHTINGS), help="One weighting [default: all three].")
+@click.option("--attn", type=click.Choice(known_weightings()), help="One weighting [default: all].")
 @backend_option
 def gradcheck(attn, backend):
     """Are the hand-derived gradients right? Central differences tell.
@@ -907,7 +908,7 @@ def gradcheck(attn, backend):
     \b
     python cli.py gradcheck --attn softmax
     """
-    weightings = (attn,) if attn else WEIGHTINGS
+    weightings = (attn,) if attn else known_weightings()
     xp = load_backend(backend)
     results = {}
     with progress("checking", len(weightings)) as update:
@@ -925,7 +926,7 @@ def gradcheck(attn, backend):
 
 
 @main.command()
-@click.option("--attn", type=click.Choice(WEIGHTINGS), default="softmax", show_default=True)
+@click.option("--attn", type=click.Choice(known_weightings()), default="softmax", show_default=True)
 @click.option("--seed", type=click.IntRange(min=0), default=tracing.SEED, show_default=True, help="Of the parameters.")
 def trace(attn, seed):
     """What does the model compute? Every number of one tiny step.

@@ -11,6 +11,7 @@ its own; 1/sqrt(K) keeps the spread of s, a sum of K products, from growing with
     softmax   A[i,j] = exp(s_ij) / sum_{j' <= i} exp(s_ij'),  s = q k^T / sqrt(K)   learned
     uniform   A[i,j] = 1/(i+1) for j <= i                                           a plain average
     identity  A[i,j] = 1 for j = i                                                  no mixing
+    recency   A[i,j] proportional to 1/(1 + i - j) for j <= i                       the recent counts more
     o[i] = sum_j dropout(A)[i,j] v[j]
 
 Token-wise arrays are packed, [N, D], with no padding rows, but attention needs rectangles
@@ -27,7 +28,18 @@ import numpy as np
 from minirec.backend import get_array_module, to_device
 from minirec.ops import dropout_mask
 
-WEIGHTINGS = ("softmax", "uniform", "identity")
+# The fixed weightings: what A[i,j] is proportional to, for query position i and key position j <= i. Each row is
+# divided by its sum, and the future gets 0. Whatever lists weightings takes them from here: a new one is one line.
+FIXED = {
+    "uniform": lambda i, j: 1,
+    "identity": lambda i, j: i == j,
+    "recency": lambda i, j: 1 / (1 + i - j),
+}
+
+
+def known_weightings():
+    """Return the names that a block's weighting can have: softmax, and those of FIXED."""
+    return ("softmax", *FIXED)
 
 
 class Group(NamedTuple):
@@ -85,14 +97,17 @@ def fixed_part(weighting, length, like):
     """Return what of A no input changes, [length, length]; its upper left corner serves shorter sequences.
 
     softmax: 0 for j <= i and -inf for j > i, to be added to the scores, since exp(-inf) = 0;
-    uniform and identity: A itself. `like` gives array module and dtype.
+    one of FIXED: A itself. `like` gives array module and dtype.
     """
     xp = get_array_module(like)
     if weighting == "softmax":
         return xp.triu(xp.full((length, length), -xp.inf, like.dtype), 1)
-    if weighting == "uniform":
-        return xp.tri(length, dtype=like.dtype) / xp.arange(1, length + 1, dtype=like.dtype)[:, None]
-    return xp.eye(length, dtype=like.dtype)
+    position = xp.arange(length, dtype=like.dtype)
+    i, j = position[:, None], position[None, :]
+    past = j <= i
+    a = FIXED[weighting](i, xp.minimum(i, j)) * past  # the future is computed as j = i, then set to 0
+    a = a.astype(like.dtype)
+    return a / (a @ xp.ones((length, 1), like.dtype))
 
 
 def attention_weights(weighting, q, k, fixed):

@@ -8,15 +8,12 @@ import warnings
 
 import numpy as np
 
+from minirec.attention import known_weightings
 from minirec.decompose import RATIOS
 from minirec.files import replace
 from minirec.statistics import JUDGED_BY, MIXES_ABOVE, mean_g, published
 
-STYLES = {  # of the weightings: line, grey
-    "softmax": ("-", "0.0"),
-    "uniform": ("--", "0.35"),
-    "identity": (":", "0.35"),
-}
+LINES = ("-", "--", ":", "-.")  # of the weightings, in turn; those after the first one are grey
 RATIO_STYLES = dict(zip(RATIOS, (("Attn", ":", "0.5"), ("AttnRes", "--", "0.35"), ("AttnResLN", "-", "0.0"))))
 
 
@@ -157,7 +154,8 @@ def learning_curves(name, curves, path):
     """Draw the validation metric of each epoch, a line a run; curves: {attn: [values, a list a seed]}."""
     figure, ((axis,),) = new_figure(1, 1, 4.2, 2.8)
     for attn, found in curves.items():
-        line, grey = STYLES[attn]
+        place = known_weightings().index(attn)
+        line, grey = LINES[place % len(LINES)], "0.35" if place else "0.0"
         for seed, values in enumerate(found):
             marker = "." if len(values) == 1 else ""
             label = None if seed else attn

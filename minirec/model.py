@@ -24,9 +24,9 @@ from typing import NamedTuple
 import numpy as np
 
 from minirec.attention import (
-    WEIGHTINGS,
     attention,
     attention_backward,
+    known_weightings,
     make_groups,
 )
 from minirec.backend import get_array_module, plan, to_device
@@ -45,14 +45,14 @@ from minirec.ops import (
     relu_backward,
 )
 
-INIT_STD = 0.02
+INIT_STD = 0.02  # of embeddings, W_o, W_1, W_2
 
 
 @dataclass(frozen=True)
 class Config:
     """Sizes and settings of the model; the defaults are the paper's for sparse data.
 
-    attn is one of WEIGHTINGS, or a tuple of them, one a block. Raises UserError on sizes that
+    attn is one of attention.known_weightings(), or a tuple of them, one a block. Raises UserError on sizes that
     make no model.
     """
 
@@ -76,8 +76,8 @@ class Config:
         if not isinstance(self.dropout, (int, float)) or not 0 <= self.dropout < 1:
             raise UserError(f"dropout is {self.dropout}: it must lie in [0, 1)")
         for weighting in self.weightings:
-            if weighting not in WEIGHTINGS:
-                raise UserError(f"attn is {weighting!r}: choose from {', '.join(WEIGHTINGS)}")
+            if weighting not in known_weightings():
+                raise UserError(f"attn is {weighting!r}: choose from {', '.join(known_weightings())}")
         if len(self.weightings) != self.n_blocks:
             raise UserError(f"attn names {len(self.weightings)} blocks: the model has {self.n_blocks}")
 
@@ -124,15 +124,21 @@ def parameter_count(config):
 
 
 def init_parameters(config, seed, dtype=np.float32):
-    """Draw initial parameters: N(0, 0.02) for embeddings and matrices, gamma 1, all else 0.
+    """Draw initial parameters: gamma 1, biases and beta 0, the rest random.
 
+    W_q, W_k and W_v are Xavier-uniform (Glorot and Bengio 2010) as PyTorch's MultiheadAttention draws them, which
+    sees one matrix [D, 3D]: U(-a, a), a = sqrt(6 / (D + 3D)), a standard deviation of .088 at D = 64. Embeddings and
+    all other matrices are N(0, 0.02). So are those of the authors' softmax models (Kozaki et al. 2026).
     Returns {name: array}, views on one flat NumPy vector. The draws depend on sizes and seed only,
     never on the weighting or the backend: every arm of the study starts from the same weights.
     """
     rng = np.random.default_rng(seed)
     parameters = views(np.zeros(parameter_count(config), dtype), config)
+    a = math.sqrt(6 / (4 * config.hidden_size))
     for name, value in parameters.items():
-        if value.ndim == 2:
+        if name.endswith(("w_q", "w_k", "w_v")):
+            value[...] = rng.uniform(-a, a, value.shape)
+        elif value.ndim == 2:
             value[...] = rng.normal(0, INIT_STD, value.shape)
         elif name.endswith("gamma"):
             value[...] = 1

@@ -21,6 +21,7 @@ from pathlib import Path
 import numpy as np
 
 from minirec import files, runs
+from minirec.attention import FIXED
 from minirec.data import Cases
 from minirec.decompose import (
     RATIOS,
@@ -132,7 +133,7 @@ def describe_run(folder, settings, parameters, log, progress=silent):
     test = runs.split_log(log, settings).test
     trained = "+".join(dict.fromkeys(config.weightings))
     # Softmax is never put in: where it was not trained, W_q and W_k are as drawn.
-    configs = {trained: config} | {w: replace(config, attn=w) for w in ("uniform", "identity") if w != trained}
+    configs = {trained: config} | {w: replace(config, attn=w) for w in FIXED if w != trained}
     histories = [log.sequence[a:b] for a, b in zip(test.starts, test.stops)]
     with worker_map(usable_cores(), np) as run:
         ranks = []

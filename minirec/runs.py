@@ -40,6 +40,7 @@ from minirec.model import Config, parameter_count, parameter_shapes
 STATES = ("state.npz", "state.previous.npz")  # the newest first
 FILES = ("config.json", "items.json", "metrics.jsonl", "checkpoint.npz", *STATES)
 RUNS = Path("runs")
+PROTOCOL = 2  # what settings mean. 1: all matrices N(0, 0.02); a temporal split whose validation began elsewhere
 SELECTED_BY = "NDCG@10"  # on validation: it picks the checkpoint and stops the run
 
 
@@ -373,6 +374,7 @@ def load_records(folder, n=None):
 def fixed_settings(settings):
     """Return, as {name: value}, the settings that a run cannot change half-way, as JSON gives them back."""
     training = {name: settings["training"].get(name) for name in ("loss", "negatives", "batch_size", "lr", "seed")}
+    training["protocol"] = settings["training"].get("protocol", 1)
     source = {name: settings["data"][name] for name in ("format", "columns", "split", "k_core", "drop_repeats")}
     fixed = settings["model"] | training | source | {"log (SHA-256)": settings["data"]["sha256"]}
     return json.loads(json.dumps(fixed))

@@ -136,11 +136,8 @@ class Step(NamedTuple):
 
 LAYER_NORM = "LN(z) = gamma n + beta,  n = (z - mean z) / sigma,  sigma = sqrt(mean (z - mean z)^2 + 1e-8)"
 LAYER_NORM_BACKWARD = "d_z = (e - mean e - n mean(e n)) / sigma,  e = gamma d_LN(z),  n and sigma as printed above"
-WEIGHTS = {
-    "softmax": "s = q k^T / sqrt(K), -inf for j > i (the future);  A = exp(s) / its row sum: each row sums to 1",
-    "uniform": "A[i,j] = 1/(i+1) for j <= i, whatever the items are: each row sums to 1",
-    "identity": "A[i,i] = 1: each position sees itself only",
-}
+LEARNED = "s = q k^T / sqrt(K), -inf for j > i (the future);  A = exp(s) / its row sum: each row sums to 1"
+FIXED = "the same A whatever the items are: 0 for j > i (the future), each row sums to 1"
 
 
 def normed(call, name):
@@ -170,7 +167,9 @@ def forward_steps(walk):
     arrays = dict(zip("qkv" if learned else "v", (heads(walk, x) for x in qkv)))
     yield Step("block 1. query, key, value", "model.block", says, arrays)
     arrays = {"s": c["softmax"][-1].given["scores"][0]} if learned else {}
-    yield Step("block 2. A", "attention.attention_weights", WEIGHTS[config.attn], arrays | {"A": weights(walk)})
+    yield Step(
+        "block 2. A", "attention.attention_weights", LEARNED if learned else FIXED, arrays | {"A": weights(walk)}
+    )
     says = "mixed_h = A_h v_h for each head h;  o = [mixed_0 mixed_1] W_o + b_o"
     arrays = {"mixed": heads(walk, c["attention"][0].out[0]), "o": own(o), "z = x + o": own(norm_a.given["x"])}
     yield Step("block 2. mix positions, then heads", "attention.attention", says, arrays)
@@ -258,8 +257,8 @@ def gradient_step(walk):
 
 def substitution_step(walk):
     """Return the Step that puts every weighting into the same parameters."""
-    walks = [record(replace(walk.config, attn=attn), walk.parameters) for attn in attention.WEIGHTINGS]
-    a = np.stack([weights(w)[:, -1] for w in walks], axis=1)  # [H, 3, L]
+    walks = [record(replace(walk.config, attn=attn), walk.parameters) for attn in attention.known_weightings()]
+    a = np.stack([weights(w)[:, -1] for w in walks], axis=1)  # [H, weightings, L]
     mixed = np.stack([w.calls["attention"][0].out[0][-1] for w in walks])
     logits, p = (np.stack([x[-1] for x in both]) for both in zip(*map(probabilities, walks)))
     target = walk.batch.targets[-1]
@@ -268,7 +267,7 @@ def substitution_step(walk):
     says += f"(of a trained model: `evaluate --attn`);  target {target};  loss: the mean over all N tokens"
     arrays = {"A": a, "mixed": mixed, "logits": logits, f"p[{target}], loss": judged}
     title = f"position {LENGTH - 1} with another A"
-    return Step(title, "attention.attention_weights", says, arrays, attention.WEIGHTINGS)
+    return Step(title, "attention.attention_weights", says, arrays, attention.known_weightings())
 
 
 def decomposition_steps(walk):
@@ -306,7 +305,7 @@ def decomposition_steps(walk):
 
 
 def steps(attn="softmax", seed=SEED):
-    """Yield all Steps of one walk. attn: one of attention.WEIGHTINGS."""
+    """Yield all Steps of one walk. attn: one of attention.known_weightings()."""
     walk = record(*example(attn, seed))
     yield from forward_steps(walk)
     for step in (*backward_steps(walk), gradient_step(walk)):

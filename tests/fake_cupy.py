@@ -17,7 +17,7 @@ from numpy.lib.mixins import NDArrayOperatorsMixin
 FUNCTIONS = (
     "abs add arange broadcast_to concatenate diagonal empty empty_like exp eye full isfinite log logaddexp maximum"
 )
-FUNCTIONS += " multiply ones ones_like sqrt subtract tanh tri triu where zeros zeros_like"
+FUNCTIONS += " minimum multiply ones ones_like sqrt subtract tanh tri triu where zeros zeros_like"
 REDUCTIONS = ("add", "multiply")  # CuPy's only ufuncs with reduce
 VIEWS = ("reshape", "transpose", "swapaxes", "view", "ravel")  # cost no launch
 METHODS = ("sum", "mean", "max", "min", "any", "all", "astype", "copy")

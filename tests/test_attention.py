@@ -1,10 +1,24 @@
 """Attention against a naive loop, its gradient, and the rectangles that hold the packed rows."""
 
+import json
+import os
+import subprocess
+import sys
+
 import numpy as np
 import pytest
-from conftest import assert_gradient, numeric_gradient
+from conftest import ROOT, assert_gradient, numeric_gradient
 
-from minirec.attention import WEIGHTINGS, attention, attention_backward, from_heads, make_groups, to_heads
+from minirec.attention import (
+    FIXED,
+    attention,
+    attention_backward,
+    fixed_part,
+    from_heads,
+    known_weightings,
+    make_groups,
+    to_heads,
+)
 from minirec.ops import dropout_mask
 
 LENGTHS = np.array([1, 3, 3, 4, 6])
@@ -24,6 +38,9 @@ def naive_attention(q, k, v, lengths, n_heads, weighting):
                     a = np.exp(scores) / np.exp(scores).sum()
                 elif weighting == "uniform":
                     a = np.full(i + 1, 1 / (i + 1))
+                elif weighting == "recency":
+                    a = np.array([1 / (1 + i - j) for j in range(i + 1)])
+                    a /= a.sum()
                 else:
                     a = np.eye(i + 1)[i]
                 out[start + i, columns] = a @ v[past, columns]
@@ -37,7 +54,7 @@ def qkv(rng):
 
 
 @pytest.mark.parametrize("rectangles", [None, 1, 2])
-@pytest.mark.parametrize("weighting", WEIGHTINGS)
+@pytest.mark.parametrize("weighting", known_weightings())
 def test_attention_equals_the_naive_loop(qkv, weighting, rectangles):
     groups = make_groups(LENGTHS, rectangles, np)
     out, _ = attention(*qkv, groups, H, weighting, 0, None)
@@ -45,7 +62,7 @@ def test_attention_equals_the_naive_loop(qkv, weighting, rectangles):
 
 
 @pytest.mark.parametrize("rectangles", [None, 2])
-@pytest.mark.parametrize("weighting", WEIGHTINGS)
+@pytest.mark.parametrize("weighting", known_weightings())
 def test_attention_gradients_with_dropout(qkv, weighting, rectangles, rng):
     groups = make_groups(LENGTHS, rectangles, np)
     d_out = rng.normal(size=(N, D))
@@ -63,7 +80,16 @@ def test_attention_gradients_with_dropout(qkv, weighting, rectangles, rng):
             assert_gradient(gradient, numeric_gradient(loss, x))
 
 
-@pytest.mark.parametrize("weighting", WEIGHTINGS)
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("weighting", FIXED)
+def test_fixed_weights_are_causal_and_each_row_sums_to_one(weighting, dtype):
+    a = fixed_part(weighting, 50, np.empty(0, dtype))
+    assert a.dtype == dtype and (a >= 0).all() and (np.triu(a, 1) == 0).all()
+    np.testing.assert_allclose(a.sum(axis=1), 1, rtol=1e-6)
+    np.testing.assert_allclose(a[:7, :7], fixed_part(weighting, 7, a), rtol=1e-6)  # shorter sequences use the corner
+
+
+@pytest.mark.parametrize("weighting", known_weightings())
 def test_dropout_draws_do_not_depend_on_the_weighting(qkv, weighting):
     groups = make_groups(LENGTHS, None, np)
     generator, expected = np.random.default_rng(3), np.random.default_rng(3)
@@ -87,3 +113,42 @@ def test_from_heads_undoes_to_heads(rng, rectangles):
     for group in make_groups(LENGTHS, rectangles, np):
         from_heads(to_heads(x, group, H), group, out)
     np.testing.assert_array_equal(out, x)
+
+
+REGISTERED_FROM_OUTSIDE = """
+from minirec import attention
+attention.FIXED["last_two"] = lambda i, j: i - j < 2
+
+from cli import main
+
+def run(*words):
+    main(words, standalone_mode=False)
+
+log = ["--data", "log.txt", "--epochs", "1", "--max-length", "4"]
+run("train", *log, "--attn", "last_two", "--out", "run")
+run("train", *log, "--out", "learned")
+run("evaluate", "learned", "--attn", "last_two")
+run("gradcheck", "--attn", "last_two")
+run("trace", "--attn", "last_two")
+run("decompose", "run", "--out", "arrays")
+run("report", "learned")
+run("study", *log, "--seeds", "1", "--workers", "1", "--out", "study")
+"""
+
+
+def test_a_weighting_registered_from_outside_in_one_line_is_known_everywhere(tmp_path):
+    users = [f"u{u} " + " ".join(f"i{(u * k + k) % 9}" for k in range(1, 7)) for u in range(12)]
+    (tmp_path / "log.txt").write_text("\n".join(users) + "\n")
+    (tmp_path / "fifth.py").write_text(REGISTERED_FROM_OUTSIDE)
+    paths = {"PYTHONPATH": str(ROOT)}
+    process = subprocess.run(
+        [sys.executable, "fifth.py"], cwd=tmp_path, env=os.environ | paths, capture_output=True, text=True, timeout=300
+    )
+    assert process.returncode == 0, process.stderr
+    assert "position 3 with another A" in process.stdout
+    assert "last_two" in (tmp_path / "study" / "study.csv").read_text()
+    assert '"last_two"' in (tmp_path / "learned" / "report.html").read_text()
+    assert set(json.loads((tmp_path / "study" / "study.json").read_text())["datasets"]["log"]["metrics"]) == {
+        *known_weightings(),
+        "last_two",
+    }

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from minirec import gradcheck, model
-from minirec.attention import WEIGHTINGS
+from minirec.attention import known_weightings
 from minirec.decompose import RATIOS, RECENT, block_caches, contributions, decompose, head_norms, summarise
 from minirec.errors import UserError
 from minirec.ops import LAYER_NORM_EPS
@@ -38,7 +38,7 @@ def naive_ratios(parts):
     return mix / (mix + keep)
 
 
-@pytest.fixture(params=[*WEIGHTINGS, ("uniform", "softmax")], ids=str)
+@pytest.fixture(params=[*known_weightings(), ("uniform", "softmax")], ids=str)
 def example(request):
     return gradcheck.example(request.param)
 

@@ -8,7 +8,7 @@ import pytest
 from fake_cupy import counts, installed
 
 from minirec import backend, data, decompose, evaluate, gradcheck, model, optimizer, planted
-from minirec.attention import WEIGHTINGS
+from minirec.attention import known_weightings
 from minirec.errors import UserError
 from minirec.loss import LOSSES
 from minirec.workers import Sampling, Team
@@ -55,7 +55,7 @@ def steps(xp, config, n_sequences, loss="ce", n_steps=2):
         return losses, backend.to_host(team.parameters).copy(), counted
 
 
-@pytest.mark.parametrize("attn", WEIGHTINGS)
+@pytest.mark.parametrize("attn", known_weightings())
 @pytest.mark.parametrize("loss", LOSSES)
 def test_the_device_path_computes_what_numpy_does(cupy, attn, loss):
     config = replace(CONFIG, attn=attn, dropout=0)  # the two libraries draw different masks
@@ -65,7 +65,7 @@ def test_the_device_path_computes_what_numpy_does(cupy, attn, loss):
     np.testing.assert_allclose(parameters, expected_parameters, atol=1e-5)
 
 
-@pytest.mark.parametrize("attn", WEIGHTINGS)
+@pytest.mark.parametrize("attn", known_weightings())
 def test_a_step_launches_as_much_for_any_batch_and_never_waits(cupy, attn):
     counted = [steps(cupy, replace(CONFIG, attn=attn), n)[2] for n in (16, 128, 512)]
     assert len({c["launches"] for c in counted}) == 1 and counted[0]["launches"] <= MOST_LAUNCHES
@@ -119,7 +119,7 @@ def test_a_numpy_array_in_the_device_path_is_caught(cupy):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("attn", WEIGHTINGS)
+@pytest.mark.parametrize("attn", known_weightings())
 def test_on_a_gpu_the_losses_are_those_of_numpy(gpu, attn):
     config = replace(CONFIG, attn=attn, dropout=0)
     losses, parameters, _ = steps(gpu, config, 128, n_steps=5)

@@ -18,6 +18,7 @@ import pytest
 from conftest import run_cli
 
 from minirec import decompose, evaluate, files, model, report, runs, statistics, study
+from minirec.attention import FIXED, known_weightings
 from minirec.data import Log, leave_one_out
 from minirec.errors import UserError
 
@@ -124,7 +125,7 @@ def test_recommendations_are_those_of_evaluate_at_that_time(trained, found):
     settings, parameters, log = loaded(trained)
     config = runs.model_config(settings)
     chosen = list(picked(found, log))[::13]
-    assert found["weightings"] == ["softmax", "uniform", "identity"]
+    assert found["weightings"] == list(known_weightings())
     for w, attn in enumerate(found["weightings"]):
         histories = [history for *_, history in chosen]
         ((items, _),) = evaluate.recommend(parameters, replace(config, attn=attn), histories, 10)
@@ -212,8 +213,9 @@ def test_a_run_without_softmax_shows_its_own_weights(tmp_path):
     (tmp_path / "log.txt").write_text("u1 a b c d\nu2 b c d a\nu3 c d a b\n")
     assert run_cli("train", "--data", "log.txt", "--epochs", 1, "--attn", "uniform", "--out", "run", cwd=tmp_path)
     found = report.describe_run(tmp_path / "run", *loaded(tmp_path / "run"))
-    assert found["weightings"] == ["uniform", "identity"]  # softmax was not trained: it is never put in
-    assert [len(top) for top in found["users"][0]["positions"][0]["tops"]] == [1, 1]  # all that is left of four items
+    assert found["weightings"] == list(FIXED)  # softmax was not trained: it is never put in
+    tops = found["users"][0]["positions"][0]["tops"]
+    assert [len(top) for top in tops] == [1] * len(FIXED)  # all that is left of four items
 
 
 @pytest.fixture(scope="module")

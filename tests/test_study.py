@@ -18,7 +18,8 @@ from minirec.errors import UserError
 
 pytest.importorskip("scipy", reason="the study needs scipy")
 
-QUICK = ("--epochs", 2, "--seeds", 2, "--max-length", 8)
+ARMS = ("softmax", "uniform", "identity")
+QUICK = ("--epochs", 2, "--seeds", 2, "--max-length", 8, *(word for attn in ARMS for word in ("--attn", attn)))
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +47,7 @@ def test_a_study_leaves_what_the_contract_says(finished):
     assert result["confident"] is False  # two seeds are too few
     assert 0 < result["mixing_ratio"] < 1
     assert set(result["hedges_g"]) == set(statistics.METRICS)
-    assert set(result["metrics"]) == {"softmax", "uniform", "identity"}
+    assert set(result["metrics"]) == set(ARMS)
     assert set(result["substitution"]) == {"all", "block 0", "block 1"}
     with open(folder / "study.csv") as file:
         rows = list(csv.DictReader(file))

@@ -10,13 +10,13 @@ from click.testing import CliRunner
 from conftest import ROOT, numeric_gradient
 
 from minirec import model, trace
-from minirec.attention import WEIGHTINGS, softmax
+from minirec.attention import known_weightings, softmax
 from minirec.decompose import RATIOS, decompose
 
 LAST = trace.LENGTH - 1
 
 
-@pytest.fixture(scope="module", params=WEIGHTINGS)
+@pytest.fixture(scope="module", params=known_weightings())
 def walked(request):
     """Under one weighting: the walk, and the steps by title, first up to the loss, then from it on."""
     steps = list(trace.steps(request.param))
@@ -87,8 +87,8 @@ def test_gradients_through_the_weights_agree_with_central_differences(walked):
 def test_each_weighting_put_in_is_the_model_with_that_weighting(walked):
     walk, _, later = walked
     step = later[f"position {LAST} with another A"]
-    assert step.rows == WEIGHTINGS
-    for attn, (_, loss) in zip(WEIGHTINGS, step.arrays["p[5], loss"]):
+    assert step.rows == known_weightings()
+    for attn, (_, loss) in zip(known_weightings(), step.arrays["p[5], loss"]):
         assert loss == model.loss_and_gradients(walk.parameters, replace(walk.config, attn=attn), trace.SEQUENCES)[0]
 
 

@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from training import LEARNING_RATE, SEED, WARM_UP, aligned, synthetic_log
 
 from minirec import backend
-from minirec.attention import WEIGHTINGS
+from minirec.attention import known_weightings
 from minirec.data import batches, leave_one_out, read_log, training_windows
 from minirec.errors import UserError
 from minirec.model import Config, init_parameters
@@ -85,7 +85,7 @@ def main(data, max_length, dropout, batch_size, n):
     except UserError as error:
         raise click.ClickException(str(error)) from None
     rows = [["", "backend", "ms/step", "min", "by the clock", "last loss"]]
-    for attn in WEIGHTINGS:
+    for attn in known_weightings():
         config = Config(len(log.items), max_length=max_length, dropout=dropout, attn=attn)
         for name, xp in (("cupy", cupy), ("numpy", np)):
             each, clock, loss = steps(xp, log, config, batch_size, n)

@@ -47,7 +47,7 @@ from training import (
     thread_counts,
 )
 
-from minirec.attention import WEIGHTINGS
+from minirec.attention import known_weightings
 from minirec.data import leave_one_out, read_log
 from minirec.decompose import RATIOS, block_caches, contribution_norms, mixing_ratios, pieces
 from minirec.errors import UserError
@@ -357,7 +357,7 @@ def serving(repeats):
     heads = [f"{many}: {what}" for many in ("one", "many") for what in ("encode ms", "all ms", "users/s")]
     rows = [["", "L", *heads]]
     for length in LENGTHS:
-        servers = [Contender(weighting, serve_users) for weighting in WEIGHTINGS]
+        servers = [Contender(weighting, serve_users) for weighting in known_weightings()]
         seconds = {(server.name, request): [] for server in servers for request in REQUESTS}
         say(f"serving {count} users with histories of {length} items, {repeats} times")
         try:
