@@ -8,12 +8,14 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
 from conftest import ROOT, last_json, run_cli
 
 from minirec import baselines, data, evaluate, files, planted, runs, statistics, study
+from minirec.decompose import decompose, summarise
 from minirec.errors import UserError
 
 pytest.importorskip("scipy", reason="the study needs scipy")
@@ -353,3 +355,25 @@ def test_the_planted_datasets_lie_in_their_regimes(tmp_path):
         "taste": "mixing_without_reliance",
         "household": "mixing_with_reliance",
     }
+
+
+def test_a_study_that_an_older_version_left_is_read_and_its_models_are_measured_again():
+    folder = Path(__file__).parent / "older_study"
+    settings = runs.load_settings(folder / "study/log/softmax-0")
+    settings["data"]["path"] = str(folder / "log.csv")
+    dataset = study.Dataset("log", runs.load_log(settings["data"]), settings)
+    jobs = study.grid([dataset], ("softmax", "uniform", "identity", "recency"), 2, folder / "study")
+    results, _ = study.collect(jobs)
+    kept = json.loads((folder / "study/study.json").read_text())["datasets"]["log"]
+    assert results["log"]["metrics"] == kept["metrics"] and results["log"]["mixing_ratio"] == kept["mixing_ratio"]
+    test = runs.split_log(dataset.log, settings).test
+    histories = [dataset.log.sequence[a:b] for a, b in zip(test.starts, test.stops)]
+    for job in jobs:
+        analysis, ranks = study.load_analysis(job)
+        config = runs.model_config(job.settings())
+        parameters = runs.load_parameters(job.folder, config)
+        again = np.concatenate(list(evaluate.rank_targets(parameters, config, dataset.log.sequence, test)))
+        assert np.abs(again - ranks["test"]).max() <= 1  # rounding may differ from machine to machine
+        if job.attn == "softmax":
+            mixing = summarise(decompose(parameters, config, histories))["all"]["attn_res_ln"]["mean"]
+            assert mixing == pytest.approx(analysis["mixing"]["all"]["attn_res_ln"]["mean"], rel=1e-5)
