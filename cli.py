@@ -852,13 +852,15 @@ def _recommend_all(run, items, top, out, workers):
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(("user", "rank", "item", "score"))
-    users = iter(log.users)
+    done = 0
     with worker_map(workers or usable_cores(), run.xp) as run_map, progress("recommending", len(histories)) as update:
         for order, scores in recommend_items(run.parameters, run.config, histories, top, run_map):
-            for user, row, row_scores in zip(users, order, scores):
+            users = log.users[done : done + len(order)]  # no iterator: zip would take a user too many from it
+            for user, row, row_scores in zip(users, order, scores, strict=True):
                 for rank, (item, score) in enumerate(zip(row, row_scores), 1):
                     if score > -np.inf:
                         writer.writerow((user, rank, items[item], f"{score:.4f}"))
+            done += len(order)
             update(len(order))
     files.write(out, lambda file: file.write(text.getvalue().encode()))
     say(f"wrote {out}: {len(histories):,} users")
