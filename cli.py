@@ -728,7 +728,7 @@ def decompose(run, data, out, backend, workers, as_json):
     run = Run(run, "decompose", backend, data)
     log = run.log()
     wanted = runs.split_log(log, run.settings).test
-    histories = [log.sequence[a:b] for a, b in zip(wanted.starts, wanted.stops)]
+    histories = [log.sequence[a:b] for a, b in zip(wanted.starts, wanted.stops, strict=True)]
     n_tokens = int(np.minimum(wanted.stops - wanted.starts, run.config.max_length).sum())
     with worker_map(workers or usable_cores(), run.xp) as run_map, progress("decomposing", n_tokens) as update:
         result = decompose_sequences(run.parameters, run.config, histories, run_map, update)
@@ -810,7 +810,7 @@ def recommend(run, data, user, history, everyone, top, explain, out, backend, wo
     ((order, scores),) = recommend_items(run.parameters, run.config, [sequence], top)
     if np.isneginf(scores[0]).all():
         say("nothing to recommend: the history holds every item")
-    for rank, (item, score) in enumerate(zip(order[0], scores[0]), 1):
+    for rank, (item, score) in enumerate(zip(order[0], scores[0], strict=True), 1):
         if score > -np.inf:
             click.echo(f"{rank:4d}  {items[item]:<30} {score:8.3f}")
     if explain:
@@ -857,7 +857,7 @@ def _recommend_all(run, items, top, out, workers):
         for order, scores in recommend_items(run.parameters, run.config, histories, top, run_map):
             users = log.users[done : done + len(order)]  # no iterator: zip would take a user too many from it
             for user, row, row_scores in zip(users, order, scores, strict=True):
-                for rank, (item, score) in enumerate(zip(row, row_scores), 1):
+                for rank, (item, score) in enumerate(zip(row, row_scores, strict=True), 1):
                     if score > -np.inf:
                         writer.writerow((user, rank, items[item], f"{score:.4f}"))
             done += len(order)
@@ -1051,7 +1051,7 @@ def describe_file(path, as_json, **options):
     source = reading_options(path, options)
     log = load_log(source)
     result = describe(log, runs.split_log(log, {"data": source}))
-    result["study"] = dict(zip(("max_length", "dropout"), studying.sensible(log)))
+    result["study"] = dict(zip(("max_length", "dropout"), studying.sensible(log), strict=True))
     if as_json:
         say_json({"path": path, "read_as": log.read_as} | result)
         return

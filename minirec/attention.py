@@ -170,7 +170,7 @@ def attention_backward(d_out, cache, groups, weighting):
     xp = get_array_module(d_out)
     softmax = weighting == "softmax"
     d_q, d_k, d_v = (xp.empty_like(d_out) if wanted else None for wanted in (softmax, softmax, True))
-    for group, (q, k, v, a, a_dropped, o) in zip(groups, cache):
+    for group, (q, k, v, a, a_dropped, o) in zip(groups, cache, strict=True):
         d_o = to_heads(d_out, group, v.shape[1])  # [g, H, L, K]
         from_heads(a_dropped.swapaxes(-1, -2) @ d_o, group, d_v)
         if softmax:

@@ -421,7 +421,7 @@ def _read_table(source, pieces, users, items, header):
         if ((item_names == header_names[1]) & (user_names == header_names[0])).any():
             raise _Wrong("the header again: were two files joined? Delete this line")
         parts = users(user_names), items(item_names), None if texts is None else times.read(texts)
-        for column, part in zip((user_of, item_of, times.parts), parts):
+        for column, part in zip((user_of, item_of, times.parts), parts, strict=True):
             column.append(part)
 
     def add_rows(rows):
@@ -432,7 +432,7 @@ def _read_table(source, pieces, users, items, header):
             if len(row) != width and (len(row) != width + 1 or row[-1]):  # more: after a trailing delimiter
                 raise _Wrong(f"{len(row)} fields where the header has {width}")
         if rows:
-            columns = list(zip(*rows))
+            columns = list(zip(*rows, strict=False))  # a row may end in a delimiter, and so in one more field
             user_names, item_names, *texts = [[field.encode() for field in columns[place]] for place in header.places]
             add(users.array(user_names), items.array(item_names), *texts)
 

@@ -63,7 +63,7 @@ def keep_and_mix(cache, p, groups):
     xp = get_array_module(cache["x"])
     mixed, _ = cache["o"]  # concat_h A_h v_h, [N, D]
     kept = xp.empty_like(mixed)
-    for group, (_, _, v, a, _, _) in zip(groups, cache["attention"]):
+    for group, (_, _, v, a, _, _) in zip(groups, cache["attention"], strict=True):
         own = xp.diagonal(a, axis1=-2, axis2=-1)[..., None]  # A_h[i,i]
         xp.multiply(own, v, out=to_heads(kept, group, v.shape[1]))  # a view, the group being dense
     return kept @ p["attention.w_o"], (mixed - kept) @ p["attention.w_o"]
@@ -93,7 +93,7 @@ def entropies(cache, groups):
     xp = get_array_module(cache["x"])
     first_v = cache["attention"][0][2]
     out = xp.empty((len(cache["x"]), first_v.shape[1]), first_v.dtype)
-    for group, (_, _, v, a, _, _) in zip(groups, cache["attention"]):
+    for group, (_, _, v, a, _, _) in zip(groups, cache["attention"], strict=True):
         plogp = (a * xp.log(xp.where(a > 0, a, xp.ones_like(a)))).sum(axis=-1)  # [g, H, L] or [L]
         possible = xp.log(xp.arange(1, group.length + 1, dtype=a.dtype))
         entropy = -plogp / xp.maximum(possible, TINY)
@@ -245,7 +245,7 @@ def decompose(parameters, config, sequences, run=map, progress=None):
         return rows, results
 
     for rows, results in run(decompose_piece, pieces(lengths, xp)):
-        for block, (values, maps) in zip(blocks, results):
+        for block, (values, maps) in zip(blocks, results, strict=True):
             for name, value in values.items():
                 block[name][rows] = value
             for name, value in maps.items():

@@ -42,7 +42,7 @@ def describe(log, split):
 def _quantiles(values):
     """Return {"0": least, ..., "100": greatest}: quantiles that are values themselves."""
     found = np.quantile(values, np.array(QUANTILES) / 100, method="lower")
-    return {str(percent): int(value) for percent, value in zip(QUANTILES, found)}
+    return {str(percent): int(value) for percent, value in zip(QUANTILES, found, strict=True)}
 
 
 def histogram(lengths):
@@ -53,7 +53,7 @@ def histogram(lengths):
     starts = np.maximum(edges[first : last + 1], lengths.min())
     counts = np.bincount(np.searchsorted(starts, lengths, "right") - 1, minlength=len(starts))
     ends = [*(starts[1:] - 1), lengths.max()]
-    return [{"from": int(a), "to": int(b), "users": int(c)} for a, b, c in zip(starts, ends, counts)]
+    return [{"from": int(a), "to": int(b), "users": int(c)} for a, b, c in zip(starts, ends, counts, strict=True)]
 
 
 def _popularity(counts):

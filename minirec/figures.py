@@ -14,7 +14,9 @@ from minirec.files import replace
 from minirec.statistics import JUDGED_BY, MIXES_ABOVE, mean_g, published
 
 LINES = ("-", "--", ":", "-.")  # of the weightings, in turn; those after the first one are grey
-RATIO_STYLES = dict(zip(RATIOS, (("Attn", ":", "0.5"), ("AttnRes", "--", "0.35"), ("AttnResLN", "-", "0.0"))))
+RATIO_STYLES = dict(
+    zip(RATIOS, (("Attn", ":", "0.5"), ("AttnRes", "--", "0.35"), ("AttnResLN", "-", "0.0")), strict=True)
+)
 
 
 def new_figure(rows, columns, width, height):
@@ -50,7 +52,7 @@ def draw_heatmaps(blocks, path, title=None):
     titles = {"attention": "attention weight (mean of heads)", "contribution": "contribution norm (AttnResLN)"}
     figure.suptitle(title, fontsize=10)
     for i, block in enumerate(blocks):
-        for axis, (name, text) in zip(axes[i], titles.items()):
+        for axis, (name, text) in zip(axes[i], titles.items(), strict=True):
             n = len(block[name])
             edges = np.arange(-n + 0.5, 1)
             image = axis.pcolormesh(edges, edges, np.ma.masked_invalid(block[name]), cmap="cividis", vmin=0)
@@ -109,7 +111,7 @@ def rq3_plane(results, path):
     ):
         if group:
             style = {"marker": marker, "facecolor": face, "edgecolor": "black", "s": 26, "zorder": 3}
-            axis.scatter(*zip(*group.values()), label=label, **style)
+            axis.scatter(*zip(*group.values(), strict=True), label=label, **style)
         for name, point in group.items():
             side = -1 if group is own and point[0] > right / 5 else 1  # away from the published ones' names
             place = {
@@ -138,7 +140,7 @@ def ratio_distributions(name, blocks, path):
     blocks: a list of {ratio: counts in equal bins over [0, 1]}.
     """
     figure, axes = new_figure(1, len(blocks), 3.1 * len(blocks), 2.6)
-    for i, (block, axis) in enumerate(zip(blocks, axes[0])):
+    for i, (block, axis) in enumerate(zip(blocks, axes[0], strict=True)):
         for key, (label, line, grey) in RATIO_STYLES.items():
             counts = np.array(block[key], float)
             edges = np.linspace(0, 1, len(counts) + 1)

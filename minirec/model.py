@@ -359,6 +359,6 @@ def encode(parameters, config, sequences):
     x, _ = forward(parameters, config, batch)
     ends = np.cumsum(batch.lengths)
     out = [None] * len(sequences)
-    for i, start, end in zip(batch.order, ends - batch.lengths, ends):
+    for i, start, end in zip(batch.order, ends - batch.lengths, ends, strict=True):
         out[i] = x[start:end]
     return out

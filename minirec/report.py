@@ -134,7 +134,7 @@ def describe_run(folder, settings, parameters, log, progress=silent):
     trained = "+".join(dict.fromkeys(config.weightings))
     # Softmax is never put in: where it was not trained, W_q and W_k are as drawn.
     configs = {trained: config} | {w: replace(config, attn=w) for w in FIXED if w != trained}
-    histories = [log.sequence[a:b] for a, b in zip(test.starts, test.stops)]
+    histories = [log.sequence[a:b] for a, b in zip(test.starts, test.stops, strict=True)]
     with worker_map(usable_cores(), np) as run:
         ranks = []
         with progress("ranking", len(configs) * len(histories)) as update:
@@ -213,8 +213,8 @@ def explorer(parameters, configs, log, test, run=map, progress=lambda n: None):
         for s in sample
         for stop in range(test.stops[s], max(test.starts[s], test.stops[s] - n_positions), -1)
     ]
-    cases = Cases(*map(np.array, zip(*cases)))
-    histories = [log.sequence[a:b] for a, b in zip(cases.starts, cases.stops)]
+    cases = Cases(*map(np.array, zip(*cases, strict=True)))
+    histories = [log.sequence[a:b] for a, b in zip(cases.starts, cases.stops, strict=True)]
     rows = explain(parameters, trained, log.sequence, cases, run)
     progress(1)
     tops, ranks = [], []
@@ -229,7 +229,7 @@ def explorer(parameters, configs, log, test, run=map, progress=lambda n: None):
         return places.setdefault(int(item), len(places))
 
     users = {}
-    for number, (user, start, stop) in enumerate(zip(*cases)):
+    for number, (user, start, stop) in enumerate(zip(*cases, strict=True)):
         if user not in users:
             shown = log.sequence[max(start, stop - trained.max_length - n_positions + 1) : stop]
             before = int(stop - start - len(shown))
@@ -252,9 +252,9 @@ def explorer(parameters, configs, log, test, run=map, progress=lambda n: None):
 def top_items(parameters, config, histories, run=map):
     """Return the LOOKED_UP best items for each history, a list each, best first (see evaluate.recommend)."""
     return [
-        [int(item) for item, score in zip(items, scores) if score > -np.inf]
+        [int(item) for item, score in zip(items, scores, strict=True) if score > -np.inf]
         for chunk in recommend(parameters, config, histories, LOOKED_UP, run)
-        for items, scores in zip(*chunk)
+        for items, scores in zip(*chunk, strict=True)
     ]
 
 
@@ -294,7 +294,7 @@ def explain(parameters, config, sequence, cases, run=map):
 
     results = [None] * len(lengths)
     for piece, found in run(explain_piece, pieces(lengths, np)):
-        for i, blocks in zip(piece, found):
+        for i, blocks in zip(piece, found, strict=True):
             results[i] = blocks
     return results
 

@@ -148,7 +148,7 @@ def analyse(log, settings, folder, stop=None):
             seconds.append(time.perf_counter() - began)
         analysis = {"milliseconds_per_user": 1e3 * min(seconds) / len(few.users)}
         if config.attn == "softmax":
-            histories = [log.sequence[a:b] for a, b in zip(test.starts, test.stops)]
+            histories = [log.sequence[a:b] for a, b in zip(test.starts, test.stops, strict=True)]
             analysis |= describe_mixing(decompose(parameters, config, histories, run))
     files.write_arrays(folder / "ranks.npz", ranks)
     records = files.read_json_lines(folder / "metrics.jsonl")
@@ -354,7 +354,7 @@ def describe_dataset(job, arms, seeds, baselines):
                 name: compare(
                     values[a][name],
                     values[b][name],
-                    np.mean([x[name] * 1.0 - y[name] for x, y in zip(by_user[a], by_user[b])], axis=0),
+                    np.mean([x[name] * 1.0 - y[name] for x, y in zip(by_user[a], by_user[b], strict=True)], axis=0),
                 )
                 for name in METRICS
             }
@@ -362,7 +362,7 @@ def describe_dataset(job, arms, seeds, baselines):
     result["substitution"] = {
         title: mean_metrics([ranks[key] for _, ranks in softmax])
         for title, key in zip(
-            ["all", *(f"block {i}" for i in range(model["n_blocks"]))], substitutions(model["n_blocks"])
+            ["all", *(f"block {i}" for i in range(model["n_blocks"]))], substitutions(model["n_blocks"]), strict=True
         )
     }
     result["shuffled"] = {attn: mean_metrics([ranks["shuffled"] for _, ranks in found]) for attn, found in arms.items()}
@@ -389,7 +389,7 @@ def average(values):
     if isinstance(first, dict):
         return {name: average([v[name] for v in values]) for name in first}
     if isinstance(first, list):
-        return [average(list(parts)) for parts in zip(*values)]
+        return [average(list(parts)) for parts in zip(*values, strict=True)]
     return None if None in values else float(np.mean(values))
 
 
@@ -460,7 +460,7 @@ def table_rows(dataset, arms, seeds, baselines):
     """Return the rows of study.csv for one dataset: dataset, what was ranked, seed, then all metrics."""
     rows = []
     for attn, found in arms.items():
-        for seed, (_, ranks) in zip(seeds, found):
+        for seed, (_, ranks) in zip(seeds, found, strict=True):
             for key, r in ranks.items():
                 put_in = key.replace("uniform.", "uniform in block ")
                 rows.append([dataset, attn if key == "test" else f"{attn}, {put_in}", seed, metrics(r)])

@@ -164,7 +164,7 @@ def forward_steps(walk):
     yield Step("forward 1. layer norm", "ops.layer_norm", LAYER_NORM, normed(norm_e, "x"))
     says = "q = x W_q + b_q,  k = x W_k + b_k,  " if learned else "A needs neither query nor key;  "
     says += "v = x W_v + b_v;  v_h: the columns of head h"
-    arrays = dict(zip("qkv" if learned else "v", (heads(walk, x) for x in qkv)))
+    arrays = dict(zip("qkv" if learned else "v", (heads(walk, x) for x in qkv), strict=True))
     yield Step("block 1. query, key, value", "model.block", says, arrays)
     arrays = {"s": c["softmax"][-1].given["scores"][0]} if learned else {}
     yield Step(
@@ -206,7 +206,7 @@ def backward_steps(walk):
     yield attention_backward_step(walk)
     names = ("d_v W_v^T", "d_k W_k^T", "d_q W_q^T")[: len(d_x_by)]
     says = f"d_x = d_z (residual) + {' + '.join(names)}: what comes back on every way that x goes"
-    arrays = dict(zip(names, d_x_by)) | {"d_x": own(norm_e.given["d_out"])}
+    arrays = dict(zip(names, d_x_by, strict=True)) | {"d_x": own(norm_e.given["d_out"])}
     yield Step("block 1. query, key, value", "model.block_backward", says, arrays)
     arrays = {"d_LN(z) = d_x": own(norm_e.given["d_out"]), "d_z": own(norm_e.out)}
     yield Step("backward 1. layer norm", "ops.layer_norm_backward", LAYER_NORM_BACKWARD, arrays)
@@ -260,7 +260,7 @@ def substitution_step(walk):
     walks = [record(replace(walk.config, attn=attn), walk.parameters) for attn in attention.known_weightings()]
     a = np.stack([weights(w)[:, -1] for w in walks], axis=1)  # [H, weightings, L]
     mixed = np.stack([w.calls["attention"][0].out[0][-1] for w in walks])
-    logits, p = (np.stack([x[-1] for x in both]) for both in zip(*map(probabilities, walks)))
+    logits, p = (np.stack([x[-1] for x in both]) for both in zip(*map(probabilities, walks), strict=True))
     target = walk.batch.targets[-1]
     judged = np.stack([p[:, target], [w.loss for w in walks]], axis=1)
     says = "the same parameters with each weighting: only A changes, and what follows from it\n"
@@ -344,6 +344,6 @@ def lines(step):
     while columns:
         shelf = labels
         while columns and len(shelf[0]) + 2 + len(columns[0][0]) <= WIDTH or shelf is labels:
-            shelf = [f"{left}  {right}" for left, right in zip(shelf, columns.pop(0))]
+            shelf = [f"{left}  {right}" for left, right in zip(shelf, columns.pop(0), strict=True)]
         yield from (line.rstrip() for line in shelf)
     yield ""

@@ -254,7 +254,7 @@ class Memory:
         whole = self.shared if hasattr(self.shared, "reshape") else np.frombuffer(self.shared, np.float32)
         kept = whole[: len(self.NAMES) * self.size].reshape(-1, self.size)
         gradients = whole[len(self.NAMES) * self.size :].reshape(self.lanes, self.gradient_size)
-        return dict(zip(self.NAMES, kept)) | {"gradients": gradients}
+        return dict(zip(self.NAMES, kept, strict=True)) | {"gradients": gradients}
 
 
 class Worker:
@@ -331,7 +331,7 @@ class Worker:
                 rows = self.table[part]
                 own = [table[rows] for table in tables]  # copies, written back below
                 adam_step(own[0], sum_lanes(gradient_tables[:, part]), *own[1:], step, learning_rate)
-                for table, updated in zip(tables, own):
+                for table, updated in zip(tables, own, strict=True):
                     table[rows] = updated
             arrays = [array[self.config.n_items * d :] for array in arrays]
             gradients = gradients[:, n_rows * d :]

@@ -12,7 +12,7 @@ import re
 import tarfile
 import zipfile
 from contextlib import contextmanager
-from itertools import groupby
+from itertools import groupby, pairwise
 from unittest.mock import patch
 
 import numpy as np
@@ -113,10 +113,10 @@ def pieces_of(size):
 @given(SEQUENCES, st.sampled_from(data.FORMATS), st.sampled_from(data.DELIMITERS), SIZES, st.booleans())
 def test_any_ids_in_any_format_come_back(tmp_path_factory, sequences, format, delimiter, size, zipped):
     users = [f"u{u}" for u in range(len(sequences))]
-    rows = [(user, item, t) for user, items in zip(users, sequences) for t, item in enumerate(items)]
+    rows = [(user, item, t) for user, items in zip(users, sequences, strict=True) for t, item in enumerate(items)]
     text = io.StringIO(newline="")
     if format == "lines":
-        text.writelines(" ".join([user, *items]) + "\n" for user, items in zip(users, sequences))
+        text.writelines(" ".join([user, *items]) + "\n" for user, items in zip(users, sequences, strict=True))
     elif format == "pairs":
         text.writelines(f"{user}\t{item}\n" for user, item, _ in rows)
     elif format == "inter":
@@ -129,7 +129,7 @@ def test_any_ids_in_any_format_come_back(tmp_path_factory, sequences, format, de
     content = text.getvalue().encode()
     path.write_bytes(gzip.compress(content) if zipped else content)
     with pieces_of(size):
-        assert histories(data.read_log(path, format)) == dict(zip(users, sequences))
+        assert histories(data.read_log(path, format)) == dict(zip(users, sequences, strict=True))
 
 
 ROW = st.tuples(st.sampled_from("uvwx"), st.sampled_from(["a", "b", 'c"', "d,e", "\u00e9"]), st.integers(-5, 5))
@@ -459,7 +459,7 @@ def test_leave_one_out_holds_out_the_last_two():
         wanted = getattr(split, part)
         assert list(wanted.users) == [0, 2]
         assert list(log.sequence[wanted.stops]) == targets
-        assert [list(log.sequence[a:b]) for a, b in zip(wanted.starts, wanted.stops)] == before
+        assert [list(log.sequence[a:b]) for a, b in zip(wanted.starts, wanted.stops, strict=True)] == before
 
 
 LISTS = st.lists(st.lists(st.integers(0, 8), min_size=1, max_size=8), min_size=2, max_size=12)
@@ -471,7 +471,7 @@ def test_leave_one_out_equals_a_plain_loop(sequences):
     split = data.leave_one_out(log)
     long = {user: items for user, items in enumerate(sequences) if len(items) >= 3}
     for part, back in ((split.valid, 2), (split.test, 1)):
-        cases = zip(part.users, part.starts, part.stops)
+        cases = zip(part.users, part.starts, part.stops, strict=True)
         found = {user: (log.sequence[start:stop].tolist(), log.sequence[stop]) for user, start, stop in cases}
         assert found == {user: (items[:-back], items[-back]) for user, items in long.items()}
     assert list(split.train_lengths) == [len(items) - 2 * (len(items) >= 3) for items in sequences]
@@ -483,11 +483,11 @@ def test_the_temporal_split_predicts_only_what_came_after_all_it_was_trained_on(
     cuts = np.sort(rng.choice(np.arange(1, 300), 29, replace=False))
     log = log_of(np.split(np.arange(300), cuts))  # every item is unique
     times = rng.integers(50, size=300)  # many are equal
-    log.times = np.concatenate([np.sort(times[a:b]) for a, b in zip(log.offsets, log.offsets[1:])])
+    log.times = np.concatenate([np.sort(times[a:b]) for a, b in pairwise(log.offsets)])
     split = data.temporal(log)
-    trained = np.concatenate([log.times[a : a + n] for a, n in zip(log.offsets, split.train_lengths)])
+    trained = np.concatenate([log.times[a : a + n] for a, n in zip(log.offsets[:-1], split.train_lengths, strict=True)])
     test_begins = np.quantile(log.times, 0.9)
-    known = [log.times[a:b][log.times[a:b] <= test_begins] for a, b in zip(log.offsets, log.offsets[1:])]
+    known = [log.times[a:b][log.times[a:b] <= test_begins] for a, b in pairwise(log.offsets)]
     valid_begins = np.quantile(np.concatenate([times for times in known if len(times) > 1]), 0.9)
     assert sorted(trained) == sorted(log.times[log.times <= valid_begins])
     for part, begins, ends in ((split.valid, valid_begins, test_begins), (split.test, test_begins, np.inf)):
@@ -496,7 +496,7 @@ def test_the_temporal_split_predicts_only_what_came_after_all_it_was_trained_on(
             inside = [i for i in range(*log.offsets[user : user + 2]) if begins < log.times[i] <= ends]
             if inside and inside[-1] > log.offsets[user]:
                 expected[user] = inside[-1]
-        assert dict(zip(part.users, part.stops)) == expected
+        assert dict(zip(part.users, part.stops, strict=True)) == expected
         np.testing.assert_array_equal(part.starts, log.offsets[part.users])
 
 
@@ -533,7 +533,7 @@ def test_the_k_core_is_the_largest_log_in_which_nobody_is_rare(sequences, k):
     log = log_of(sequences)
     pairs = [(u, i) for u, sequence in enumerate(sequences) for i in sequence]
     while True:  # one after the other, whoever is rare
-        users, items = zip(*pairs) if pairs else ((), ())
+        users, items = zip(*pairs, strict=True) if pairs else ((), ())
         rare = [p for p in pairs if users.count(p[0]) < k or items.count(p[1]) < k]
         if not rare:
             break
@@ -574,7 +574,7 @@ def test_training_never_sees_a_held_out_item(lengths, max_length):
     split = data.leave_one_out(log)
     held_out = {int(log.sequence[s]) for part in (split.valid, split.test) for s in part.stops}
     starts, windows = data.training_windows(log, split, max_length)
-    for start, length in zip(starts, windows):
+    for start, length in zip(starts, windows, strict=True):
         assert 1 <= length <= max_length
         assert not held_out & set(log.sequence[start : start + length + 1].tolist())  # inputs and targets
     expected = [min(n - 1, max_length) for n in split.train_lengths if n >= 2]
@@ -624,7 +624,7 @@ def test_planted_chains_follow_from_so_many_items_back(name, back):
     successors = {}
     for user in range(len(log.users)):
         history = log.history(user).tolist()
-        for before, after in zip(history, history[back:]):
+        for before, after in zip(history[:-back], history[back:], strict=True):
             successors.setdefault(before, set()).add(after)
     assert max(map(len, successors.values())) == planted.N_SUCCESSORS
     assert (len(log.users), len(log.items)) == (planted.N_USERS, planted.N_ITEMS)

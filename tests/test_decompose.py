@@ -69,8 +69,10 @@ def test_ratios_and_entropy_equal_the_naive_ones(example):
     for number, sequence in enumerate(sequences):
         rows = result["sequences"] == number
         assert list(result["positions"][rows]) == list(range(min(len(sequence), config.max_length)))
-        for block, (parts, _, a, _) in zip(result["blocks"], naive_model(config, parameters, sequence)):
-            for name, part in zip(RATIOS, parts):
+        for block, ((*parts, _), _, a, _) in zip(
+            result["blocks"], naive_model(config, parameters, sequence), strict=True
+        ):
+            for name, part in zip(RATIOS, parts, strict=True):
                 np.testing.assert_allclose(block[name][rows], naive_ratios(part), atol=1e-12)
             for i in range(1, a.shape[1]):
                 row = a[:, i, : i + 1]
@@ -82,7 +84,7 @@ def test_contribution_norms_equal_the_naive_ones(example):
     config, parameters, sequences = example
     for sequence in sequences:
         found = contributions(parameters, config, sequence)
-        for norms, ((_, _, parts, _), *_) in zip(found, naive_model(config, parameters, sequence)):
+        for norms, ((_, _, parts, _), *_) in zip(found, naive_model(config, parameters, sequence), strict=True):
             np.testing.assert_allclose(norms, np.linalg.norm(parts, axis=-1), atol=1e-12)
 
 
@@ -92,7 +94,7 @@ def test_contribution_norms_of_linearly_dependent_heads():
     parameters = {n: rng.normal(0, 0.5, s) for n, s in model.parameter_shapes(config).items()}
     sequence = rng.integers(12, size=7)
     found = contributions(parameters, config, sequence)
-    for norms, ((_, _, parts, _), *_) in zip(found, naive_model(config, parameters, sequence)):
+    for norms, ((_, _, parts, _), *_) in zip(found, naive_model(config, parameters, sequence), strict=True):
         np.testing.assert_allclose(norms, np.linalg.norm(parts, axis=-1), atol=1e-12)
 
 
@@ -100,7 +102,7 @@ def test_norms_of_a_single_head_equal_the_naive_ones(example):
     config, parameters, sequences = example
     for sequence in (s[-config.max_length :] for s in sequences):
         batch, caches = block_caches(parameters, config, sequence, np.array([0]), np.array([len(sequence)]))
-        for cache, (_, _, a, p) in zip(caches, naive_model(config, parameters, sequence)):
+        for cache, (_, _, a, p) in zip(caches, naive_model(config, parameters, sequence), strict=True):
             found = head_norms(cache, p, batch.groups[0], 0)[0]
             sigma, gamma = cache["attention_norm"][1][:, :, None], p["attention_norm.gamma"]
             width = config.hidden_size // config.n_heads

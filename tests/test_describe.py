@@ -46,11 +46,11 @@ def test_counts_equal_those_of_plain_loops(sequences, draw):
     times = np.split(log.times, log.offsets[1:-1])
     found = describe.repeats(log)
     immediate = seen = exact = unreachable = 0
-    for sequence, moments in zip(sequences, times):
+    for sequence, moments in zip(sequences, times, strict=True):
         for t, item in enumerate(sequence):
             immediate += t > 0 and sequence[t - 1] == item
             seen += item in sequence[:t]
-            exact += (item, moments[t]) in list(zip(sequence[:t], moments[:t]))
+            exact += (item, moments[t]) in list(zip(sequence[:t], moments[:t], strict=True))
         unreachable += len(sequence) >= 3 and sequence[-1] in sequence[:-1]
     assert found == {"immediate": immediate, "seen_before": seen, "exact_duplicates": exact}
     assert describe.count_unreachable(log, data.leave_one_out(log).test) == unreachable

@@ -71,7 +71,9 @@ def test_a_step_launches_as_much_for_any_batch_and_never_waits(cupy, attn):
     assert len({c["launches"] for c in counted}) == 1 and counted[0]["launches"] <= MOST_LAUNCHES
     assert not any(c.get("synchronisations") for c in counted)
     log = planted.household()
-    for n, c in zip((16, 128, 512), counted):  # items, positions, targets and places in the rectangles: ids only
+    for n, c in zip(
+        (16, 128, 512), counted, strict=True
+    ):  # items, positions, targets and places in the rectangles: ids only
         starts, lengths = data.training_windows(log, data.leave_one_out(log), CONFIG.max_length)
         assert c["uploaded bytes"] <= 4 * 8 * lengths[:n].sum()
 
@@ -85,20 +87,20 @@ def test_ranking_and_decomposing_do_what_they_do_on_numpy(cupy):
         np.concatenate(list(evaluate.rank_targets(p, config, log.sequence, test))) for p in (device, parameters)
     )
     np.testing.assert_array_equal(ours, theirs)
-    histories = [log.sequence[a:b] for a, b in zip(test.starts, test.stops)]
+    histories = [log.sequence[a:b] for a, b in zip(test.starts, test.stops, strict=True)]
     (items, scores), (expected_items, expected) = (
         next(iter(evaluate.recommend(p, config, histories, 5))) for p in (device, parameters)
     )
     np.testing.assert_array_equal(items, expected_items)
     np.testing.assert_allclose(scores, expected, rtol=1e-5)
     ours, theirs = (decompose.decompose(p, config, histories)["blocks"] for p in (device, parameters))
-    for block, other in zip(ours, theirs):
+    for block, other in zip(ours, theirs, strict=True):
         for name in block:
             np.testing.assert_allclose(block[name], other[name], atol=1e-5)
 
 
 def test_the_gradient_check_runs_on_the_device(cupy):
-    names = [name for name, _ in zip(("item_embedding", "position_embedding"), model.parameter_shapes(CONFIG))]
+    names = ["item_embedding", "position_embedding"]
     found = list(gradcheck.check("softmax", cupy, only=names))
     assert [name for name, _, _ in found] == names and all(error < gradcheck.TOLERANCE for _, error, _ in found)
 

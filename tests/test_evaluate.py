@@ -50,7 +50,7 @@ def test_ranks_equal_those_of_a_sort(log, parameters, part, back, filter_seen):
 def test_a_seen_target_is_a_miss_at_every_cutoff(log, parameters):
     ranks = ranks_of(parameters, log)
     wanted = data.leave_one_out(log).test
-    seen = [log.sequence[b] in log.sequence[a:b] for a, b in zip(wanted.starts, wanted.stops)]
+    seen = [log.sequence[b] in log.sequence[a:b] for a, b in zip(wanted.starts, wanted.stops, strict=True)]
     np.testing.assert_array_equal(ranks == evaluate.MISS, seen)
     assert evaluate.metrics(ranks[seen])["HR@100"] == 0
 
@@ -119,8 +119,8 @@ def test_metrics_equal_those_of_a_plain_loop(ranks):
 def test_recommendations_are_the_best_unseen_items(log, parameters):
     histories = [log.history(u) for u in range(30)] + [np.arange(195)]
     chunks = list(evaluate.recommend(parameters, CONFIG, histories, 7))
-    order, scores = (np.concatenate(parts) for parts in zip(*chunks))
-    for history, row, row_scores in zip(histories, order, scores):
+    order, scores = (np.concatenate(parts) for parts in zip(*chunks, strict=True))
+    for history, row, row_scores in zip(histories, order, scores, strict=True):
         (x,) = model.encode(parameters, CONFIG, [history])
         expected = parameters["item_embedding"] @ x[-1]
         expected[history] = -np.inf

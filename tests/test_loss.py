@@ -45,7 +45,7 @@ def test_float32_stays_float32(example):
 def plain_sampled(x, items, targets, negatives, scale):
     """One token at a time: softmax over the target and the negatives that are not the target."""
     total = 0
-    for row, target in zip(x, targets):
+    for row, target in zip(x, targets, strict=True):
         z = items[[target, *(n for n in negatives if n != target)]] @ row
         total += np.log(np.exp(z).sum()) - z[0]
     return scale * total

@@ -95,7 +95,7 @@ def test_a_later_item_never_changes_an_earlier_output(attn):
 def test_the_company_in_a_batch_changes_nothing():
     config, parameters, sequences = gradcheck.example("softmax")
     together = model.encode(parameters, config, sequences)
-    for sequence, x in zip(sequences, together):
+    for sequence, x in zip(sequences, together, strict=True):
         (alone,) = model.encode(parameters, config, [sequence])
         assert x.shape == (min(len(sequence), config.max_length), config.hidden_size)
         np.testing.assert_allclose(x, alone, atol=1e-14)
@@ -107,7 +107,7 @@ def test_a_packed_batch_holds_every_sequence_and_its_targets(windows):
     starts, lengths = np.array(windows).T
     batch = model.pack(flat, starts, lengths)
     ends = np.cumsum(batch.lengths)
-    for place, end in zip(batch.order, ends):
+    for place, end in zip(batch.order, ends, strict=True):
         rows, start, length = slice(end - lengths[place], end), *windows[place]
         np.testing.assert_array_equal(batch.items[rows], flat[start : start + length])
         np.testing.assert_array_equal(batch.targets[rows], flat[start + 1 : start + length + 1])
@@ -118,7 +118,7 @@ def test_a_packed_batch_holds_every_sequence_and_its_targets(windows):
 def test_only_the_last_max_length_items_count():
     config, parameters, _ = gradcheck.example("softmax")
     long = np.arange(12)
-    for a, b in zip(*(model.encode(parameters, config, [s]) for s in (long, long[-config.max_length :]))):
+    for a, b in zip(*(model.encode(parameters, config, [s]) for s in (long, long[-config.max_length :])), strict=True):
         np.testing.assert_array_equal(a, b)
 
 

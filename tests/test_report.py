@@ -72,7 +72,9 @@ def embedded(page):
 def decode(row):
     """What the page's script makes of a row."""
     most, letters = row
-    values = [report.LETTERS.index(a) * 64 + report.LETTERS.index(b) for a, b in zip(letters[::2], letters[1::2])]
+    values = [
+        report.LETTERS.index(a) * 64 + report.LETTERS.index(b) for a, b in zip(letters[::2], letters[1::2], strict=True)
+    ]
     return most * np.array(values) / report.LEVELS
 
 
@@ -109,7 +111,7 @@ def test_weights_and_norms_are_those_of_the_decomposition(trained, found):
         result = decompose.decompose(parameters, config, [history])
         together = decompose.contributions(parameters, config, history)
         _, caches = decompose.block_caches(parameters, config, history, np.array([0]), np.array([len(history)]))
-        for shown, block, cache, norms in zip(position["blocks"], result["blocks"], caches, together):
+        for shown, block, cache, norms in zip(position["blocks"], result["blocks"], caches, together, strict=True):
             np.testing.assert_allclose(decode(shown["contribution"]), norms[-1], atol=1e-3)
             a = cache["attention"][0][3][0, :, -1]  # [H, L]
             for h in range(config.n_heads):
@@ -129,7 +131,7 @@ def test_recommendations_are_those_of_evaluate_at_that_time(trained, found):
     for w, attn in enumerate(found["weightings"]):
         histories = [history for *_, history in chosen]
         ((items, _),) = evaluate.recommend(parameters, replace(config, attn=attn), histories, 10)
-        for (_, position, _, _), expected in zip(chosen, items):
+        for (_, position, _, _), expected in zip(chosen, items, strict=True):
             assert [found["items"][i] for i in position["tops"][w]] == [log.items[i] for i in expected]
     for _, position, number, history in chosen:
         assert found["items"][position["next"]] == log.items[log.history(number)[len(history)]]
@@ -142,7 +144,7 @@ def test_moves_are_told_against_the_trained_weighting(trained, found):
     ((order, _),) = evaluate.recommend(parameters, config, [history], report.LOOKED_UP)
     order = [log.items[i] for i in order[0]]
     assert position["was"][0] == list(range(1, 11))
-    for top, was in zip(position["tops"], position["was"]):
+    for top, was in zip(position["tops"], position["was"], strict=True):
         names = [found["items"][i] for i in top]
         assert was == [order.index(name) + 1 if name in order else None for name in names]
 
@@ -154,7 +156,7 @@ def test_ranks_and_metrics_are_those_of_the_test_split(trained, found):
         put_in = replace(config, attn=attn)
         ranks = np.concatenate(list(evaluate.rank_targets(parameters, put_in, log.sequence, test)))
         assert found["metrics"][w] == report.rounded(evaluate.metrics(ranks))
-        by_user = dict(zip(test.users, ranks))
+        by_user = dict(zip(test.users, ranks, strict=True))
         for user in found["users"]:
             rank = by_user[log.users.index(user["name"])]
             assert user["positions"][0]["ranks"][w] == (None if rank >= evaluate.MISS else rank + 1)
@@ -173,9 +175,9 @@ def test_the_history_reaches_back_from_the_latest_position(trained, found):
 def test_mixing_and_curves_are_those_of_the_run(trained, found):
     settings, parameters, log = loaded(trained)
     test = runs.split_log(log, settings).test
-    histories = [log.sequence[a:b] for a, b in zip(test.starts, test.stops)]
+    histories = [log.sequence[a:b] for a, b in zip(test.starts, test.stops, strict=True)]
     summary = decompose.summarise(decompose.decompose(parameters, runs.model_config(settings), histories))
-    for shown, expected in zip(found["mixing"]["blocks"], summary["blocks"]):
+    for shown, expected in zip(found["mixing"]["blocks"], summary["blocks"], strict=True):
         assert shown["entropy"]["mean"] == pytest.approx(expected["entropy"]["mean"], rel=1e-4)
     assert found["mixing"]["latest"]["attn"]["median"] == pytest.approx(summary["latest"]["attn"]["median"], rel=1e-4)
     records = files.read_json_lines(trained / "metrics.jsonl")

@@ -1,6 +1,7 @@
 """The study: its grid, what it measures of a run, what it concludes, and the regimes of the planted datasets."""
 
 import csv
+import itertools
 import json
 import os
 import shutil
@@ -254,8 +255,8 @@ def test_baselines_equal_counting_by_hand(rng):
     popularity = [sum(s.count(i) for s in trained) for i in range(12)]
     for case, sequence in enumerate(sequences):
         *history, target = sequence
-        follows = [sum(pair == (history[-1], i) for s in trained for pair in zip(s, s[1:])) for i in range(12)]
-        for name, score in (("popularity", popularity), ("transitions", list(zip(follows, popularity)))):
+        follows = [sum(pair == (history[-1], i) for s in trained for pair in itertools.pairwise(s)) for i in range(12)]
+        for name, score in (("popularity", popularity), ("transitions", list(zip(follows, popularity, strict=True)))):
             ahead = sum(score[i] >= score[target] for i in range(12) if i not in history and i != target)
             assert found[name][case] == (evaluate.MISS if target in history else ahead)
 
@@ -367,7 +368,7 @@ def test_a_study_that_an_older_version_left_is_read_and_its_models_are_measured_
     kept = json.loads((folder / "study/study.json").read_text())["datasets"]["log"]
     assert results["log"]["metrics"] == kept["metrics"] and results["log"]["mixing_ratio"] == kept["mixing_ratio"]
     test = runs.split_log(dataset.log, settings).test
-    histories = [dataset.log.sequence[a:b] for a, b in zip(test.starts, test.stops)]
+    histories = [dataset.log.sequence[a:b] for a, b in zip(test.starts, test.stops, strict=True)]
     for job in jobs:
         analysis, ranks = study.load_analysis(job)
         config = runs.model_config(job.settings())

@@ -88,7 +88,7 @@ def test_each_weighting_put_in_is_the_model_with_that_weighting(walked):
     walk, _, later = walked
     step = later[f"position {LAST} with another A"]
     assert step.rows == known_weightings()
-    for attn, (_, loss) in zip(known_weightings(), step.arrays["p[5], loss"]):
+    for attn, (_, loss) in zip(known_weightings(), step.arrays["p[5], loss"], strict=True):
         assert loss == model.loss_and_gradients(walk.parameters, replace(walk.config, attn=attn), trace.SEQUENCES)[0]
 
 

@@ -57,7 +57,7 @@ def test_lanes_sum_to_the_gradient_of_the_whole_batch():
     config = model.Config(n_items=30, hidden_size=8, max_length=10, dropout=0)
     parameters = model.init_parameters(config, 0)
     loss, gradients = model.loss_and_gradients(
-        parameters, config, [sequence[a : a + n + 1] for a, n in zip(starts, lengths)]
+        parameters, config, [sequence[a : a + n + 1] for a, n in zip(starts, lengths, strict=True)]
     )
     with Team(config, sequence, np, 2) as team:
         team.parameters[...] = np.concatenate([v.reshape(-1) for v in parameters.values()])

@@ -61,7 +61,9 @@ def check(content):
     if log is None:
         return
     assert (log.users, log.items) == (other.users, other.items)
-    for mine, others in zip((log.offsets, log.sequence, log.times), (other.offsets, other.sequence, other.times)):
+    for mine, others in zip(
+        (log.offsets, log.sequence, log.times), (other.offsets, other.sequence, other.times), strict=True
+    ):
         np.testing.assert_array_equal(mine, others)
     assert len(set(log.users)) == len(log.users) == len(log.offsets) - 1 and log.offsets[-1] == len(log.sequence)
     assert set(log.sequence.tolist()) == set(range(len(log.items))) and len(set(log.items)) == len(log.items)

@@ -198,7 +198,7 @@ class Growth:
 
     @property
     def step(self):
-        return list(map(sum, zip(self.gradients, self.update)))
+        return list(map(sum, zip(self.gradients, self.update, strict=True)))
 
 
 def measure(setting, n_timed):
@@ -257,9 +257,9 @@ def plot(results, path):
     from matplotlib.ticker import LogLocator, NullLocator
 
     figure, panels = plt.subplots(2, len(results), figsize=(3.1 * len(results) + 0.6, 5.4), squeeze=False)
-    for (axis, found), (above, below) in zip(results.items(), panels.T):
+    for (axis, found), (above, below) in zip(results.items(), panels.T, strict=True):
         series = list(dict.fromkeys(r.setting.series for r in found))
-        for name, (colour, marker, line) in zip(series, SHADES):
+        for name, (colour, marker, line) in zip(series, SHADES[: len(series)], strict=True):
             own = [r for r in found if r.setting.series == name]
             x = [r.setting.x for r in own]
             style = {"color": colour, "marker": marker, "markersize": 4, "linestyle": line}

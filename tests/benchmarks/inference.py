@@ -111,7 +111,7 @@ def decompose_minirec(length):
     def of_piece(piece):
         batch, caches = piece
         found = []
-        for parameters, cache in zip(p, caches):
+        for parameters, cache in zip(p, caches, strict=True):
             ratios, own = mixing_ratios(cache, parameters, batch.groups)
             norms = [
                 contribution_norms(cache, parameters, own, group, place) for place, group in enumerate(batch.groups)
@@ -169,7 +169,7 @@ def decompose_as_defined(c, _):
     centred = attn_res - attn_res.mean(dim=-1, keepdim=True)
     attn_res_ln = centred / c.sigma[:, :, None] * c.gamma  # g_i(F_ij + delta_ij x_i)
     ratios = {}
-    for name, parts in zip(RATIOS, (attn, attn_res, attn_res_ln)):
+    for name, parts in zip(RATIOS, (attn, attn_res, attn_res_ln), strict=True):
         keep = parts.diagonal(dim1=1, dim2=2).mT
         mix = torch.linalg.vector_norm(parts.sum(dim=2) - keep, dim=-1)
         ratios[name] = mix / (mix + torch.linalg.vector_norm(keep, dim=-1))

@@ -53,7 +53,9 @@ def write_log(path, n, seed=0):
         for size in [ROWS_AT_A_TIME] * (n // ROWS_AT_A_TIME) + [n % ROWS_AT_A_TIME]:
             users, items = (np.searchsorted(cdf, rng.random(size)).tolist() for cdf in (by_activity, by_popularity))
             times = now + np.cumsum(rng.integers(2 * SECONDS_APART + 1, size=size))
-            file.writelines(f"u{user},i{item},{t}\n" for user, item, t in zip(users, items, times.tolist()))
+            file.writelines(
+                f"u{user},i{item},{t}\n" for user, item, t in zip(users, items, times.tolist(), strict=True)
+            )
             now = int(times[-1]) if size else now
 
 

@@ -393,7 +393,7 @@ def table(trainers, peak, flops):
                 f"{1e3 * median:.0f}",
                 f"{1e3 * min(t.seconds):.0f}",
                 f"{median / own:.2f}",
-                f"{statistics.median(f / s for f, s in zip(flops, t.seconds)) / peak:.0%}",
+                f"{statistics.median(f / s for f, s in zip(flops, t.seconds, strict=True)) / peak:.0%}",
                 f"{max(t.allocated):.0f}",
                 f"{t.resident:.0f}",
                 f"{t.losses[0]:.3f}",
@@ -405,8 +405,11 @@ def table(trainers, peak, flops):
 
 def aligned(rows):
     """Return rows of texts as lines of equal columns: the first flush left, the others right."""
-    widths = [max(map(len, column)) for column in zip(*rows)]
-    return ["  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in rows]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return [
+        "  ".join([row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True))])
+        for row in rows
+    ]
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"], "show_default": True})
