@@ -23,6 +23,7 @@ import multiprocessing
 import os
 import signal
 import sys
+from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import NamedTuple
@@ -40,6 +41,7 @@ UPDATE_SIZE = 1 << 16  # parameters that Adam updates at a time: they and their 
 NO_LANE = 1 << 16  # the negatives' stream, which no lane's dropout shares, and which every backend draws alike
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # from glibc's malloc.h
 PR_SET_PDEATHSIG = 1  # from Linux's prctl.h
+AHEAD = 4  # results that a thread of worker_map may be before its caller
 MALLOC_KEEPS = 64 << 20  # bytes
 SMALLER = "try a smaller --hidden or --max-length, or --loss sampled for many items"
 # A forked worker starts at once and shares the log's memory, but not every system's BLAS survives a fork.
@@ -77,7 +79,9 @@ def die_with_parent():
 def worker_map(n, xp):
     """Yield a `map` that runs on n threads, each with one BLAS thread; its results come in order.
 
-    On a GPU (xp is CuPy) one thread is enough to feed the device, whatever n.
+    It maps one iterable, and is at most AHEAD results a thread before its caller: whoever writes results down as
+    they come holds few of them, however many there are. On a GPU (xp is CuPy) one thread is enough to feed the
+    device, whatever n.
     """
     keep_freed_memory()
     with threadpool_limits(1, "blas"):
@@ -85,8 +89,18 @@ def worker_map(n, xp):
             yield map
             return
         pool = ThreadPoolExecutor(n)
+
+        def run(function, values):
+            waiting = deque()
+            for value in values:
+                waiting.append(pool.submit(function, value))
+                if len(waiting) == AHEAD * n:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+
         try:
-            yield pool.map
+            yield run
         finally:
             pool.shutdown(cancel_futures=True)
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from minirec import backend, data, model, workers
 from minirec.errors import UserError
 from minirec.optimizer import adam_step
-from minirec.workers import NO_LANE, Sampling, Team, cut, worker_map
+from minirec.workers import AHEAD, NO_LANE, Sampling, Team, cut, worker_map
 
 CONFIG = model.Config(n_items=30, hidden_size=8, max_length=10, dropout=0.5)
 
@@ -106,6 +106,22 @@ def test_an_error_in_a_worker_reaches_the_caller():
 def test_worker_map_keeps_the_order():
     with worker_map(3, np) as run:
         assert list(run(lambda i: i * i, range(50))) == [i * i for i in range(50)]
+
+
+@pytest.mark.parametrize("n", [1, 2])
+def test_worker_map_is_never_far_before_its_caller(n):
+    begun = []
+    with worker_map(n, np) as run:
+        for done, _ in enumerate(run(begun.append, range(200)), 1):
+            assert len(begun) <= done + AHEAD * n
+    assert sorted(begun) == list(range(200))
+
+
+def test_an_error_of_worker_map_comes_at_its_turn_and_ends_the_work():
+    with pytest.raises(ZeroDivisionError), worker_map(2, np) as run:
+        for i, found in enumerate(run(lambda i: 1 / (i - 20), range(10**9))):
+            assert found == 1 / (i - 20)
+    assert i == 19
 
 
 def sampled_team(loss, n_workers=2):
