@@ -7,6 +7,8 @@ filter_seen, all items of the user's whole history leave the candidates; a targe
 them cannot be hit, and stays in the mean as a miss.
 """
 
+import itertools
+
 import numpy as np
 
 from minirec.backend import chunk_rows, get_array_module, plan, to_device, to_host
@@ -131,21 +133,26 @@ def best_of(scores, k):
 def recommend(parameters, config, histories, k, run=map):
     """Return the k best unseen items for each history, as (items [c, k], scores [c, k]) a chunk, in order.
 
-    histories: list of integer arrays, oldest item first, none empty. Equal scores: lower item
-    number first. Where fewer than k items are unseen, the rest have score -inf.
+    histories: an iterable of integer arrays, oldest item first, none empty; it is read a chunk at a time, so that
+    there may be more of them than memory holds. Equal scores: lower item number first. Where fewer than k items are
+    unseen, the rest have score -inf.
     """
-    lengths = np.array([len(h) for h in histories])
-    sequence, stops = np.concatenate(histories), np.cumsum(lengths)
     items = parameters["item_embedding"]
     rows = chunk_rows(get_array_module(items), config.n_items, items.dtype.itemsize)
     k, largest = min(k, config.n_items), largest_entry(items)
 
     def best(chunk):
-        starts, ends = stops[chunk] - lengths[chunk], stops[chunk]
-        x = last_representations(parameters, config, sequence, starts, ends)
+        lengths = np.array([len(history) for history in chunk])
+        sequence, stops = np.concatenate(chunk), np.cumsum(lengths)
+        x = last_representations(parameters, config, sequence, stops - lengths, stops)
         check_scores(x, largest)
         scores = x @ items.T  # [c, V]
-        remove_seen(scores, sequence, starts, ends)
+        remove_seen(scores, sequence, stops - lengths, stops)
         return best_of(to_host(scores), k)
 
-    return run(best, chunks(len(histories), rows))
+    def read():
+        unread = iter(histories)
+        while chunk := list(itertools.islice(unread, rows)):
+            yield chunk
+
+    return run(best, read())

@@ -41,13 +41,21 @@ def replace(path, fill, previous=None):
     """Write a file by fill(file): all of it, or, whatever happens, none.
 
     previous: the path at which the file that was there before is kept. Raises UserError where it cannot be
-    written, or where something else than a file is in its place: a link could lead anywhere.
+    written, where something else than a file is in its place, since a link could lead anywhere, or where another
+    process is writing it.
     """
     temporary = path.with_name(f".{path.name}.tmp")
     try:
         check_regular(path)
+        if temporary.is_file() and not temporary.is_symlink():  # of a process that was killed, or is at work
+            with locked(temporary):
+                temporary.unlink()
         temporary.unlink(missing_ok=True)
-        with open(temporary, "xb") as file:  # x: never into what a stranger's link points to
+        file = open(temporary, "xb")  # x: never into what a stranger's link points to
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written ({error.strerror or error})") from None
+    try:
+        with file, locked(temporary):
             fill(file)
             file.flush()
             os.fsync(file.fileno())

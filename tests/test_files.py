@@ -160,6 +160,30 @@ def test_a_full_disk_leaves_the_old_file_and_nothing_else(tmp_path):
     assert json.loads((tmp_path / "x").read_text()) == [1] and os.listdir(tmp_path) == ["x"]
 
 
+def test_a_file_that_another_process_is_writing_is_left_alone(tmp_path):
+    pytest.importorskip("fcntl")
+
+    def fill(file):
+        file.write(b"first half, ")
+        with pytest.raises(UserError, match=r"x.tmp: in use by another process"):
+            files.replace(tmp_path / "x", lambda other: other.write(b"other"))
+        file.write(b"second half")
+
+    files.replace(tmp_path / "x", fill)
+    assert (tmp_path / "x").read_bytes() == b"first half, second half" and os.listdir(tmp_path) == ["x"]
+
+
+@pytest.mark.parametrize(
+    "put", [lambda path: path.write_bytes(b"half"), IN_PLACE["a link"], IN_PLACE["a link to nowhere"]]
+)
+def test_what_a_killed_process_or_a_stranger_left_beside_is_replaced(tmp_path, put):
+    (tmp_path / "secret").write_text("s")
+    put(tmp_path / ".x.tmp")
+    files.write_json(tmp_path / "x", [1])
+    assert files.read_json(tmp_path / "x") == [1] and (tmp_path / "secret").read_text() == "s"
+    assert sorted(os.listdir(tmp_path)) == ["secret", "x"]
+
+
 @pytest.mark.skipif(not os.path.exists("/proc/self/fd"), reason="counts this process's open files")
 def test_a_folder_that_cannot_be_synced_is_not_left_open(tmp_path, monkeypatch):
     real = os.fsync
