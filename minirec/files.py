@@ -6,6 +6,7 @@ refused, and sizes are looked at before anything of that size is made.
 """
 
 import contextlib
+import itertools
 import json
 import math
 import os
@@ -19,26 +20,28 @@ import numpy as np
 from minirec.errors import UserError
 
 LARGEST_JSON = 1 << 26  # bytes
+LONGEST_LINE = 1 << 16  # bytes
 
 
 # Writing
 
 
 def write(path, fill):
-    """Write the file that a person named, by fill(file). A link's target is written, a device or a pipe into."""
-    path = Path(os.path.realpath(path))
+    """Write the file that a person named, by fill(file), and return what that returns.
+
+    A link's target is written, a device or a pipe into.
+    """
     if not os.path.exists(path) or os.path.isfile(path) or os.path.isdir(path):
-        replace(path, fill)
-        return
+        return replace(Path(os.path.realpath(path)), fill)
     try:
         with open(path, "wb") as file:
-            fill(file)
+            return fill(file)
     except OSError as error:
         raise UserError(f"{path}: cannot be written ({error.strerror or error})") from None
 
 
 def replace(path, fill, previous=None):
-    """Write a file by fill(file): all of it, or, whatever happens, none.
+    """Write a file by fill(file), and return what that returns: all of it, or, whatever happens, none.
 
     previous: the path at which the file that was there before is kept. Raises UserError where it cannot be
     written, where something else than a file is in its place, since a link could lead anywhere, or where another
@@ -56,7 +59,7 @@ def replace(path, fill, previous=None):
         raise UserError(f"{path}: cannot be written ({error.strerror or error})") from None
     try:
         with file, locked(temporary):
-            fill(file)
+            result = fill(file)
             file.flush()
             os.fsync(file.fileno())
         if previous and path.exists():
@@ -75,6 +78,7 @@ def replace(path, fill, previous=None):
                 os.fsync(folder)
             finally:
                 os.close(folder)
+    return result
 
 
 def _keep(path, previous):
@@ -130,6 +134,23 @@ def opened(path, largest=None):
             yield file
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror or error})") from None
+
+
+def read_lines(path):
+    """Yield the lines, without what ends them, of a text file that a person named; a pipe will do. Raises UserError."""
+    try:
+        with open(path, "rb") as file:
+            for number in itertools.count(1):
+                line = file.readline(LONGEST_LINE)
+                if not line:
+                    return
+                if len(line) == LONGEST_LINE:
+                    raise UserError(f"{path}, line {number}: {LONGEST_LINE:,} bytes or more: is this a text file?")
+                yield line.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r\n")
+    except UnicodeDecodeError:
+        raise UserError(f"{path}, line {number}: not UTF-8 text") from None
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror or error})") from None
 
