@@ -4,7 +4,6 @@
 import csv
 import difflib
 import importlib
-import io
 import json
 import math
 import os
@@ -19,6 +18,7 @@ import warnings
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import click
 import numpy as np
@@ -33,7 +33,7 @@ from minirec import study as studying
 from minirec import trace as tracing
 from minirec.attention import known_weightings
 from minirec.backend import load as load_backend
-from minirec.data import FORMATS, SPLITS, k_core, read_log, training_windows
+from minirec.data import FORMATS, SPLITS, Cases, k_core, read_log, renumbered, training_windows
 from minirec.decompose import RATIOS, contributions, summarise
 from minirec.decompose import decompose as decompose_sequences
 from minirec.describe import describe
@@ -53,6 +53,7 @@ TRAINING_OPTIONS = ("loss", "negatives", "epochs", "batch_size", "lr", "patience
 EPOCHS, EPOCHS_EMBEDDED = 200, 100  # of a study: the embedded datasets must show their regimes in minutes
 SIZE = click.IntRange(1, 1 << 24)
 LONGEST_NAME = 60  # characters of a folder that is named after a log
+FEW = 3  # names that a message shows of many
 INTERRUPTED = 130  # the shell's exit status after Ctrl-C
 THE_WAY = """\
 python cli.py study                      is learned attention needed? three embedded datasets, some minutes
@@ -144,6 +145,9 @@ def run_argument(command):
 
 
 data_option = click.option("--data", help="Where the run's log lies now, if it was moved.")
+any_data_option = click.option(
+    "--data", help="Where the run's log lies now, or another log to take; items are matched by name."
+)
 backend_option = click.option("--backend", type=click.Choice(backend.BACKENDS), default="numpy", show_default=True)
 workers_option = click.option(
     "--workers", type=click.IntRange(min=1), help="How many work at a time [default: all usable cores]."
@@ -162,11 +166,49 @@ class Run:
         self.config = runs.model_config(self.settings)
         self.xp = backend.load(backend_name)
         self.parameters = runs.load_parameters(self.folder, self.config, self.xp)
-        self.data = data
+        self.data, self.another = data, False
 
-    def log(self):
-        with reading(self.data or self.settings["data"]["path"]) as update:
-            return runs.load_run_log(self.folder, self.settings, self.data, update)
+    def log(self, source=None):
+        """Return the log that the run was trained on; source: as from runs.find_log, if that was asked already."""
+        source = source or runs.find_log(self.folder, self.settings, self.data)
+        with reading(source["path"]) as update:
+            return runs.load_run_log(self.folder, self.settings, source, update)
+
+    def any_log(self, to_split):
+        """Return the log that --data names, or the one that the run was trained on.
+
+        Another one is read as that one was; `another` and settings["data"] then tell of it. to_split: whether it must
+        hold enough to be split, and is filtered for that; else all its users and items stay.
+        """
+        trained_on, source = self.settings["data"], runs.find_log(self.folder, self.settings, self.data, another=True)
+        self.another = source["sha256"] != trained_on["sha256"]
+        if not self.another:
+            return self.log(source)
+        if not to_split and source["k_core"] > 1:
+            say(f"the run's --k-core {source['k_core']} is not applied: users with fewer items get recommendations too")
+        self.settings |= {"data": source if to_split else source | {"k_core": 1}}
+        with reading(source["path"]) as update, self.telling_settings():
+            log = runs.load_log(self.settings["data"], update, to_split)
+        remark(log, source["path"], "")
+        say(
+            f"{source['path']}: another log than {self.folder} was trained on, read as {log.read_as or 'embedded'}: "
+            f"{len(log.users):,} users, {len(log.items):,} items, {len(log.sequence):,} interactions"
+        )
+        return log
+
+    @contextmanager
+    def telling_settings(self):
+        """Add to an error about another log what it is read and split by: its command has no options for that."""
+        try:
+            yield
+        except UserError as error:
+            if not self.another:
+                raise
+            source = self.settings["data"]
+            names = ("columns", "format", "split", "k_core", "drop_repeats")
+            words = _given(source | {"columns": ",".join(source["columns"] or ())}, *names) or " no options"
+            how = f"--data {source['path']} is read and split as the log of {self.folder}, with{words}"
+            raise UserError(f"{error}; {how}") from None
 
     def items(self):
         return runs.load_items(self.folder, self.config)
@@ -240,9 +282,20 @@ def load_log(source):
     """Return the log that is asked for, under a bar where it is large; a table without times is remarked on."""
     with reading(source["path"]) as update:
         log = runs.load_log(source, update)
-    if log.times is None and log.read_as.startswith("csv"):
-        say(f"{source['path']}: no column of times, so the file's order counts; --columns USER,ITEM,TIME names one")
+    remark(log, source["path"])
     return log
+
+
+def remark(log, path, remedy="; --columns USER,ITEM,TIME names one"):
+    """Say what a person may not expect of a log."""
+    if log.times is None and log.read_as.startswith("csv"):
+        say(f"{path}: no column of times, so the file's order counts{remedy}")
+
+
+def few(names):
+    """Return a list of names as text: the first ones, then how many more there are."""
+    shown = ", ".join(map(repr, names[:FEW]))
+    return shown + (f" and {len(names) - FEW:,} more" if len(names) > FEW else "")
 
 
 def versions():
@@ -432,21 +485,62 @@ def _train_with_progress(log, settings, folder, resume, asked_to_stop, ranks):
 
 
 def _evaluate(run, log, config, part, filter_seen, workers):
-    """Return metrics of a run on one part of its log, and how many targets filter-seen makes impossible."""
-    wanted = getattr(runs.split_log(log, run.settings), part)
-    ranks = []
-    with worker_map(workers or usable_cores(), run.xp) as run_map, progress("ranking", len(wanted.users)) as update:
-        for chunk in rank_targets(run.parameters, config, log.sequence, wanted, filter_seen, run_map):
-            ranks.append(chunk)
+    """Return metrics of a run on one part of a log, and how many targets cannot be hit for what reason."""
+    with run.telling_settings():
+        wanted = getattr(runs.split_log(log, run.settings), part)
+        if not len(wanted.users):
+            raise UserError(f"{run.settings['data']['path']}: no user has a target for {part}")
+    sequence, cases, ranked, missed = log.sequence, wanted, np.arange(len(wanted.users)), {}
+    if run.another:
+        sequence, cases, ranked, missed = _known_cases(run, log, wanted)
+    ranks, done = np.full(len(wanted.users), MISS), 0
+    with worker_map(workers or usable_cores(), run.xp) as run_map, progress("ranking", len(ranked)) as update:
+        for chunk in rank_targets(run.parameters, config, sequence, cases, filter_seen, run_map):
+            ranks[ranked[done : done + len(chunk)]] = chunk
+            done += len(chunk)
             update(len(chunk))
-    ranks = np.concatenate(ranks)
-    unreachable = int((ranks >= MISS).sum())
+    unreachable = int((ranks[ranked] >= MISS).sum())
     if unreachable:
         say(
             f"{unreachable:,} of {len(ranks):,} targets are items the user had before: "
             "with --filter-seen they cannot be hit and count as misses"
         )
-    return {"split": part} | metrics(ranks) | {"users": len(ranks), "unreachable": unreachable}
+    return {"split": part} | metrics(ranks) | {"users": len(ranks), "unreachable": unreachable} | missed
+
+
+def _known_cases(run, log, cases):
+    """Return, of the cases of another log, those that the run's model can rank; say how many others there are.
+
+    They come as sequence and Cases in the model's numbering, and as places among all cases; then the numbers of
+    the others as {what is unknown: so many}.
+    """
+    known, moved = _known_part(run, log, run.items())
+    starts, stops = moved[cases.starts], moved[cases.stops]
+    has_target, has_history = moved[cases.stops + 1] > stops, stops > starts
+    ranked = np.flatnonzero(has_target & has_history)
+    missed = {"unknown_targets": int((~has_target).sum()), "unknown_histories": int((has_target & ~has_history).sum())}
+    for count, what in zip(missed.values(), ("targets are", "histories before a known target are all"), strict=True):
+        if count:
+            say(f"{count:,} of {len(starts):,} {what} unknown to the model: they count as misses")
+    return known.sequence, Cases(cases.users[ranked], starts[ranked], stops[ranked]), ranked, missed
+
+
+def _known_part(run, log, items):
+    """Return what data.renumbered does of another log than the run's, and say how much is left out."""
+    known, moved = renumbered(log, items)
+    path, left_out = run.settings["data"]["path"], len(log.sequence) - len(known.sequence)
+    if not len(known.sequence):
+        raise UserError(
+            f"{path}: the model of {run.folder} knows none of its {len(log.items):,} items, such as "
+            f"{log.items[0]!r}; those that it knows look like {items[0]!r}"
+        )
+    if left_out:
+        n_unknown = len(set(log.items).difference(items))
+        say(
+            f"{n_unknown:,} of its {len(log.items):,} items are unknown to the model: "
+            f"left out, with {left_out:,} of {len(log.sequence):,} interactions"
+        )
+    return known, moved
 
 
 def metrics_table(values, title):
@@ -665,7 +759,7 @@ def effect_lines(title, comparisons):
 
 @main.command()
 @run_argument
-@data_option
+@any_data_option
 @click.option("--split", type=click.Choice(["valid", "test"]), default="test", show_default=True)
 @click.option("--filter-seen/--no-filter-seen", default=True, help="Rank only items that the user has not had.")
 @click.option("--attn", type=click.Choice(known_weightings()), help="Replace the trained weighting.")
@@ -677,9 +771,11 @@ def evaluate(run, data, split, filter_seen, attn, attn_blocks, backend, workers,
     """How well does a model rank? HR, NDCG and MRR over all items.
 
     --attn replaces the attention weights of the trained model: does it need those that it learned?
+    Another log with --data is split as the run's; targets that the model does not know are misses.
 
     \b
     python cli.py evaluate runs/household-softmax-1 --attn uniform --attn-blocks 1
+    python cli.py evaluate --data today.csv
     """
     if attn_blocks is not None and not attn:
         raise click.UsageError("--attn-blocks says where; --attn must say what to put there.")
@@ -687,7 +783,7 @@ def evaluate(run, data, split, filter_seen, attn, attn_blocks, backend, workers,
     config = run.config
     if attn:
         config = replace(config, attn=_substitute(config, attn, attn_blocks))
-    result = _evaluate(run, run.log(), config, split, filter_seen, workers)
+    result = _evaluate(run, run.any_log(to_split=True), config, split, filter_seen, workers)
     weightings = config.weightings if len(set(config.weightings)) > 1 else config.weightings[:1]
     if as_json:
         say_json(result | {"attn": list(config.weightings), "filter_seen": filter_seen})
@@ -768,70 +864,189 @@ def _write_decomposition(folder, result, users):
 
 @main.command()
 @run_argument
-@data_option
+@any_data_option
 @click.option("--user", help="A user of the log [default: its first].")
 @click.option("--history", metavar="A,B,C", help="Item ids, oldest first, instead of a user.")
+@click.option("--users", metavar="FILE", help="The users that a file names, one a line; needs --out.")
 @click.option("--all", "everyone", is_flag=True, help="All users of the log; needs --out.")
 @click.option("--top", type=click.IntRange(min=1), default=10, show_default=True, help="How many items.")
 @click.option("--explain", is_flag=True, help="Show which history items the prediction is made of.")
-@click.option("--out", type=click.Path(path_type=Path, dir_okay=False), help="The CSV file for --all.")
+@click.option("--out", type=click.Path(path_type=Path, dir_okay=False), help="The CSV file for --all and --users.")
 @backend_option
 @workers_option
-def recommend(run, data, user, history, everyone, top, explain, out, backend, workers):
+@json_option
+def recommend(run, data, user, history, users, everyone, top, explain, out, backend, workers, as_json):
     """Which unseen items does a model rank highest, and why?
+
+    Users and histories are those of the log that the model was trained on, or of another one with --data: what
+    the model does not know of it is left out.
 
     \b
     python cli.py recommend --history "item 3,item 17" --explain
     python cli.py recommend --all --out recommendations.csv
+    python cli.py recommend --all --out recommendations.csv --data today.csv
     """
-    if sum(map(bool, (user is not None, history is not None, everyone))) > 1:
-        raise click.UsageError("choose one of --user, --history and --all.")
-    if everyone != bool(out):
-        raise click.UsageError("--all and --out FILE.csv go together.")
-    if everyone and explain:
-        raise click.UsageError("--explain is for one history, not for --all.")
+    many = everyone or users is not None
+    if (user is not None) + (history is not None) + (users is not None) + everyone > 1:
+        raise click.UsageError("choose one of --user, --history, --users and --all.")
+    if many != bool(out):
+        raise click.UsageError("--all and --users need --out FILE.csv, and --out needs one of them.")
+    if explain and (many or as_json):
+        raise click.UsageError("--explain is a table of one history, not for --all, --users or --json.")
+    if data and history is not None:
+        raise click.UsageError("--data is for users of a log; --history needs none.")
     run = Run(run, "recommend", backend, data)
     items = run.items()
-    if everyone:
-        _recommend_all(run, items, top, out, workers)
+    if many:
+        summary = _recommend_many(run, items, users, top, out, workers)
+        if as_json:
+            say_json(summary)
         return
     if history is not None:
-        sequence = _known_items(history, items)
+        sequence, left_out = _known_items(history, items)
+        result = {"history": [items[i] for i in sequence]}
     else:
-        log = run.log()
-        user = log.users[0] if user is None else user
-        if user not in log.users:
-            near = difflib.get_close_matches(user, log.users, 1)
-            raise UserError(
-                f"no user {user!r} in {run.settings['data']['path']}" + (f"; did you mean {near[0]!r}?" if near else "")
-            )
-        sequence = log.history(log.users.index(user))
-        say(f"user {user}, {len(sequence)} items")
+        user, sequence, left_out = _user_history(run, items, user)
+        result = {"user": user}
     ((order, scores),) = recommend_items(run.parameters, run.config, [sequence], top)
     if np.isneginf(scores[0]).all():
         say("nothing to recommend: the history holds every item")
-    for rank, (item, score) in enumerate(zip(order[0], scores[0], strict=True), 1):
-        if score > -np.inf:
-            click.echo(f"{rank:4d}  {items[item]:<30} {score:8.3f}")
+    best = [
+        {"item": items[item], "score": float(score)}
+        for item, score in zip(order[0], scores[0], strict=True)
+        if score > -np.inf
+    ]
+    if as_json:
+        say_json(result | {"left_out": left_out, "recommendations": best})
+        return
+    for rank, row in enumerate(best, 1):
+        click.echo(f"{rank:4d}  {row['item']:<30} {row['score']:8.3f}")
     if explain:
         _explain(run, sequence, items)
 
 
 def _known_items(history, items):
-    """Return the item numbers of a history "a,b,c"; unknown ones are named and skipped."""
+    """Return the item numbers of a history "a,b,c", and how many of its names are unknown, which are skipped."""
     numbers = {name: i for i, name in enumerate(items)}
-    fields = next(csv.reader([history]), [])  # an id with a comma can be quoted
+    try:  # an id with a comma can be quoted; a line break separates too
+        fields = [field for row in csv.reader(history.splitlines()) for field in row if field.strip()]
+    except csv.Error as error:
+        raise UserError(f"--history: cannot be read ({error})") from None
     names = [field if field in numbers else field.strip() for field in fields]
+    most_commas = max(name.count(",") for name in items)
+    for start in range(len(names)):
+        for stop in range(start + 2, min(start + 1 + most_commas, len(names)) + 1):
+            joined = ",".join(fields[start:stop]).strip()
+            if joined in numbers and not all(name in numbers for name in names[start:stop]):
+                quoted = shlex.quote('"' + joined.replace('"', '""') + '"')
+                raise UserError(f"--history: {joined!r} is one item, whose commas need quotes: --history {quoted}")
     unknown = [name for name in names if name not in numbers]
     known = np.array([numbers[name] for name in names if name in numbers], int)
     if unknown and len(known):
-        say(f"skipped, not in the training log: {', '.join(unknown)}")
+        say(f"skipped, not in the training log: {few(unknown)}")
     if not len(known):
         near = difflib.get_close_matches(names[0], items, 1) if names else []
         raise UserError(
             f"--history: none of its items is in the training log: {history!r}; items look like {(near or items)[0]!r}"
         )
-    return known
+    return known, len(unknown)
+
+
+def _known_histories(run, items):
+    """Return the log to recommend from in the run's numbering of items, and the lengths [U] of its whole histories."""
+    log = run.any_log(to_split=False)
+    lengths = np.diff(log.offsets)
+    return (_known_part(run, log, items)[0] if run.another else log), lengths
+
+
+def _user_history(run, items, user):
+    """Return a user's name, their history in the run's numbering of items, and how many items of it are left out."""
+    log, lengths = _known_histories(run, items)
+    path = run.settings["data"]["path"]
+    user = log.users[0] if user is None else user
+    if user not in log.users:
+        near = difflib.get_close_matches(user, log.users, 1)
+        raise UserError(f"no user {user!r} in {path}" + (f"; did you mean {near[0]!r}?" if near else ""))
+    number = log.users.index(user)
+    sequence = log.history(number)
+    left_out = int(lengths[number]) - len(sequence)
+    if not len(sequence):
+        raise UserError(
+            f"nothing to recommend to user {user!r} of {path}: all {left_out} items are unknown to the model"
+        )
+    say(f"user {user}, {len(sequence)} items" + (f"; unknown to the model: {left_out} more" if left_out else ""))
+    return user, sequence, left_out
+
+
+def _recommend_many(run, items, names_path, top, out, workers):
+    """Write user,rank,item,score for all users of the log, or for those that a file names; return what --json says.
+
+    They are written as they are ranked: nothing here grows with their number but a number for each.
+    """
+    for path in filter(None, (names_path, run.data or run.settings["data"]["path"])):
+        if os.path.exists(path) and os.path.exists(out) and os.path.samefile(path, out):
+            raise UserError(f"{out}: is read from; choose another --out")
+    log, _ = _known_histories(run, items)
+    users, unknown = np.arange(len(log.users)), 0
+    if names_path is not None:
+        users, unknown = _named_users(names_path, log, run.settings["data"]["path"])
+    known = np.diff(log.offsets)[users] > 0
+    if not known.all():
+        names = [log.users[u] for u in users[~known]]
+        text = f"no list for {len(names):,} of {len(users):,} users, of whose items the model knows none: {few(names)}"
+        if not known.any():
+            raise UserError(text)
+        say(text)
+    written = files.write(out, lambda file: _write_lists(file, run, log, items, users[known], top, workers))
+    if without := int(known.sum()) - written:
+        say(f"no list for {without:,} of {len(users):,} users, who have had every item")
+    say(f"wrote {out}: {written:,} users")
+    return {"out": str(out), "users": written, "left_out": len(users) - written + unknown}
+
+
+def _write_lists(file, run, log, items, users, top, workers):
+    """Write the rows of some users, by their numbers in the log, to a file; return for how many there was a list."""
+    writer = csv.writer(SimpleNamespace(write=lambda text: file.write(text.encode())), lineterminator="\n")
+    writer.writerow(("user", "rank", "item", "score"))
+    histories = (log.history(u) for u in users)
+    done = written = 0
+    with worker_map(workers or usable_cores(), run.xp) as run_map, progress("recommending", len(users)) as update:
+        for order, scores in recommend_items(run.parameters, run.config, histories, top, run_map):
+            chunk = users[done : done + len(order)]  # no iterator: zip would take a user too many from it
+            for user, row, row_scores in zip(chunk, order, scores, strict=True):
+                for rank, (item, score) in enumerate(zip(row, row_scores, strict=True), 1):
+                    if score > -np.inf:
+                        writer.writerow((log.users[user], rank, items[item], f"{score:.4f}"))
+                written += row_scores[0] > -np.inf
+            done += len(order)
+            update(len(order))
+    return int(written)
+
+
+def _named_users(path, log, log_path):
+    """Return the numbers of the users that a file names, one a line, in its order; and how many names are no user's."""
+    lines = [line for line in files.read_lines(path) if line.strip()]
+    if not lines:
+        raise UserError(f"{path}: names no user; one a line is expected")
+    readings = {line: (line, line.strip(), _unquoted(line)) for line in lines}
+    wanted = {name for names in readings.values() for name in names}
+    numbers = {name: u for u, name in enumerate(log.users) if name in wanted}
+    found = {line: next((numbers[n] for n in names if n in numbers), None) for line, names in readings.items()}
+    unknown = [line for line, u in found.items() if u is None]
+    users = np.array(list(dict.fromkeys(u for u in found.values() if u is not None)), int)
+    if not len(users):
+        raise UserError(f"{path}: none of its names is a user of {log_path}: {few(unknown)}")
+    if unknown:
+        say(f"{path}: {len(unknown):,} names are no users of {log_path}: {few(unknown)}")
+    if again := sum(found[line] is not None for line in lines) - len(users):
+        say(f"{path}: {again:,} of {len(lines):,} lines name a user again, who gets one list")
+    return users, len(unknown)
+
+
+def _unquoted(line):
+    """Return a name without blanks around it and the quotes that a csv file gives it."""
+    text = line.strip()
+    return text[1:-1].replace('""', '"') if len(text) > 1 and text[0] == text[-1] == '"' else text
 
 
 def _explain(run, sequence, items, most=10):
@@ -843,27 +1058,6 @@ def _explain(run, sequence, items, most=10):
         ago = len(recent) - 1 - j
         name = f"{items[recent[j]]} ({ago} back)" if ago else f"{items[recent[j]]} (latest)"
         click.echo(f"      {name:<30}" + "".join(f"{share[j]:9.1%}" for share in shares))
-
-
-def _recommend_all(run, items, top, out, workers):
-    """Write user,rank,item,score for every user of the log."""
-    log = run.log()
-    histories = [log.history(u) for u in range(len(log.users))]
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(("user", "rank", "item", "score"))
-    done = 0
-    with worker_map(workers or usable_cores(), run.xp) as run_map, progress("recommending", len(histories)) as update:
-        for order, scores in recommend_items(run.parameters, run.config, histories, top, run_map):
-            users = log.users[done : done + len(order)]  # no iterator: zip would take a user too many from it
-            for user, row, row_scores in zip(users, order, scores, strict=True):
-                for rank, (item, score) in enumerate(zip(row, row_scores, strict=True), 1):
-                    if score > -np.inf:
-                        writer.writerow((user, rank, items[item], f"{score:.4f}"))
-            done += len(order)
-            update(len(order))
-    files.write(out, lambda file: file.write(text.getvalue().encode()))
-    say(f"wrote {out}: {len(histories):,} users")
 
 
 @main.command()

@@ -260,12 +260,13 @@ class _Numbering:
         return np.array(names, "S")
 
 
-def read_log(path, format=None, columns=None, progress=None):
+def read_log(path, format=None, columns=None, progress=None, to_split=True):
     """Read an interaction log.
 
     path: a file; format: one of FORMATS, None = recognise it; columns: names of the user, item and
     (optionally) timestamp columns of a csv or inter file, None = recognise them; progress: called with
-    the number of bytes read since its last call.
+    the number of bytes read since its last call; to_split: refuse a log of one user, or of which nothing can be
+    held out.
     Returns a Log. Raises UserError, naming file and line, for anything that is not such a log.
     """
     source = _Pieces(path, progress)
@@ -296,11 +297,11 @@ def read_log(path, format=None, columns=None, progress=None):
     else:
         user_of, item_of, times, read_as = _read_table(source, pieces, users, items, header)
     counts = np.bincount(user_of, minlength=len(users.names))
-    if len(counts) < 2:
+    if to_split and len(counts) < 2:
         raise UserError(
             f"{path}: {len(counts)} user found; expected `user item item ...` lines, or a table with a header"
         )
-    if counts.max() < SHORTEST_SPLIT:
+    if to_split and counts.max() < SHORTEST_SPLIT:
         raise UserError(f"{path}: no user has {SHORTEST_SPLIT} interactions, so none can be held out for a test")
     # The sorts are stable: by user, within a user by time, ties in file order.
     order = np.argsort(user_of, kind="stable")
@@ -581,6 +582,21 @@ def keep_interactions(log, keep):
         sequence=(np.cumsum(left, dtype=np.int32) - 1)[sequence],
         times=None if log.times is None else log.times[keep],
     )
+
+
+def renumbered(log, items):
+    """Return a Log with the item numbers of `items`, a list of names, such as a model's; and where its places went.
+
+    Items that are not in the list are left out. All users stay, those of whom nothing is left too. In the second
+    result, moved [n + 1], moved[k] tells how many of the first k interactions are left: what was sequence[a:b]
+    is sequence[moved[a]:moved[b]] of the new Log.
+    """
+    numbers = {name: i for i, name in enumerate(items)}
+    sequence = np.array([numbers.get(name, -1) for name in log.items], np.int32)[log.sequence]
+    known = sequence >= 0
+    moved = np.concatenate([[0], np.cumsum(known)])
+    times = None if log.times is None else log.times[known]
+    return replace(log, items=items, offsets=moved[log.offsets], sequence=sequence[known], times=times), moved
 
 
 def users_of(log):

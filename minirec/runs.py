@@ -129,15 +129,15 @@ def fingerprint(path):
     return digest.hexdigest()
 
 
-def load_log(source, progress=None):
+def load_log(source, progress=None, to_split=True):
     """Return the Log that the "data" of a run's settings describes, filtered as they say.
 
-    Its path is a file's, or a planted dataset's name. progress: see data.read_log.
+    Its path is a file's, or a planted dataset's name. progress, to_split: see data.read_log.
     """
     if is_planted(source["path"]):
         log = planted.DATASETS[source["path"]]()
     else:
-        log = data.read_log(source["path"], source["format"], source["columns"], progress)
+        log = data.read_log(source["path"], source["format"], source["columns"], progress, to_split)
     before = None
     while before != len(log.sequence):  # what the k-core takes away can make two equal items neighbours
         before = len(log.sequence)
@@ -249,24 +249,29 @@ def load_items(folder, config):
     return items
 
 
-def find_log(folder, settings, data_path=None):
+def find_log(folder, settings, data_path=None, another=False):
     """Return where a run's log lies, as load_log takes it; data_path: where it lies now, if not where it was.
 
-    Raises UserError where it is not the same log: nothing but its fingerprint is looked at before.
+    another: whether the file at data_path may be another log, whose fingerprint is then in what is returned. Raises
+    UserError where it is not the log that is wanted: nothing but its fingerprint is looked at before.
     """
     source = settings["data"] | ({"path": data_path} if data_path else {})
     try:
         found = fingerprint(source["path"])
     except UserError as error:
         raise UserError(f"{error}" if data_path else f"{error}; say where the log is now with --data") from None
-    if found != source["sha256"]:
-        raise UserError(f"{source['path']}: not the log that {folder} was trained on; name that one with --data")
-    return source
+    if found != source["sha256"] and not (another and data_path):
+        remedy = "name that one with --data" + (", or this one to take it as it is now" if another else "")
+        raise UserError(f"{source['path']}: not the log that {folder} was trained on; {remedy}")
+    return source | {"sha256": found}
 
 
-def load_run_log(folder, settings, data_path=None, progress=None):
-    """Return the Log that a run was trained on, read again (see find_log, data.read_log)."""
-    log = load_log(find_log(folder, settings, data_path), progress)
+def load_run_log(folder, settings, source=None, progress=None):
+    """Return the Log that a run was trained on, read again; source: as from find_log, which is asked if None.
+
+    progress: see data.read_log.
+    """
+    log = load_log(source or find_log(folder, settings), progress)
     if log.items != load_items(folder, model_config(settings)):
         raise UserError(f"{folder / 'items.json'}: its items are not those of the log")
     return log

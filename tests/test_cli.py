@@ -269,7 +269,7 @@ MISTAKES = {
     "out is a file": (["train", "--data", "log.txt", "--out", "log.txt"], 1, "log.txt"),
     "attn-blocks without attn": (["evaluate", "RUN", "--attn-blocks", "0"], 2, "--attn"),
     "no such block": (["evaluate", "RUN", "--attn", "uniform", "--attn-blocks", "2"], 2, "0 to 1"),
-    "another log": (["evaluate", "RUN", "--data", "log.txt"], 1, "not the log"),
+    "another log": (["decompose", "RUN", "--data", "log.txt"], 1, "not the log"),
     "unknown user": (["recommend", "RUN", "--user", "account 9999"], 1, "did you mean 'account"),
     "unknown history": (["recommend", "RUN", "--history", "a,b"], 1, "items look like"),
     "empty history": (["recommend", "RUN", "--history", ""], 1, "--history"),
@@ -343,7 +343,7 @@ def test_a_moved_log_is_asked_for_and_found_again(tmp_path):
     assert process.returncode == 1 and "--data" in process.stderr
     assert last_json(run_cli("evaluate", "run", "--data", "moved.txt", "--json", cwd=tmp_path))["users"] == 3
     (tmp_path / "moved.txt").write_text("u1 a b c d\nu2 b c d x\nu3 c d a b\nu4 x y\n")
-    assert run_cli("evaluate", "run", "--data", "moved.txt", cwd=tmp_path).returncode == 1
+    assert run_cli("decompose", "run", "--data", "moved.txt", cwd=tmp_path).returncode == 1
 
 
 DAMAGED = [
