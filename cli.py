@@ -52,7 +52,7 @@ CATALOGUE = Path(__file__).parent / "datasets" / "catalogue.json"
 TRAINING_OPTIONS = ("loss", "negatives", "epochs", "batch_size", "lr", "patience", "seed", "backend")
 EPOCHS, EPOCHS_EMBEDDED = 200, 100  # of a study: the embedded datasets must show their regimes in minutes
 SIZE = click.IntRange(1, 1 << 24)
-LONGEST_NAME = 60  # characters of a folder that is named after a log
+LONGEST_NAME = 60  # characters of a folder that is named after a log, of a name in a message
 FEW = 3  # names that a message shows of many
 INTERRUPTED = 130  # the shell's exit status after Ctrl-C
 THE_WAY = """\
@@ -293,8 +293,8 @@ def remark(log, path, remedy="; --columns USER,ITEM,TIME names one"):
 
 
 def few(names):
-    """Return a list of names as text: the first ones, then how many more there are."""
-    shown = ", ".join(map(repr, names[:FEW]))
+    """Return a list of names as text: the first ones, long ones cut, then how many more there are."""
+    shown = ", ".join(repr(name if len(name) <= LONGEST_NAME else name[:LONGEST_NAME] + "...") for name in names[:FEW])
     return shown + (f" and {len(names) - FEW:,} more" if len(names) > FEW else "")
 
 
@@ -929,7 +929,7 @@ def _known_items(history, items):
     """Return the item numbers of a history "a,b,c", and how many of its names are unknown, which are skipped."""
     numbers = {name: i for i, name in enumerate(items)}
     try:  # an id with a comma can be quoted; a line break separates too
-        fields = [field for row in csv.reader(history.splitlines()) for field in row if field.strip()]
+        fields = [field for row in csv.reader(re.split("[\r\n]+", history)) for field in row if field.strip()]
     except csv.Error as error:
         raise UserError(f"--history: cannot be read ({error})") from None
     names = [field if field in numbers else field.strip() for field in fields]
@@ -946,9 +946,8 @@ def _known_items(history, items):
         say(f"skipped, not in the training log: {few(unknown)}")
     if not len(known):
         near = difflib.get_close_matches(names[0], items, 1) if names else []
-        raise UserError(
-            f"--history: none of its items is in the training log: {history!r}; items look like {(near or items)[0]!r}"
-        )
+        like = f"items look like {(near or items)[0]!r}"
+        raise UserError(f"--history: none of its items is in the training log: {few([history])}; {like}")
     return known, len(unknown)
 
 

@@ -472,6 +472,11 @@ MISTAKES = {
     "two selections": (["--user", "u1", "--users", "strangers", "--out", "x.csv"], 2, "choose one"),
     "a table as JSON": (["--user", "u1", "--explain", "--json"], 2, "--explain"),
     "a user without a name": (["--user", ""], 1, "no user ''"),
+    "a history beyond reading": (
+        ["--history", "x" * 10**5 + "\r\n,y"],
+        1,
+        "training log: '" + "x" * 60 + "...'; items look",
+    ),
     "a history of commas": (["--history", ",,"], 1, "none of its items"),
     "a log that is a pipe": (["--data", "/dev/stdin", "--all", "--out", "x.csv"], 1, "not a regular file"),
 }
