@@ -1,39 +1,37 @@
-"""Causal multi-head attention and its backward. The weights are the one line the study changes.
+"""Causal multi-head attention and its backward. The weights A are the one thing that the study changes.
 
-Symbols: B sequences, L positions, N tokens, D hidden size, H heads, K = D/H, g sequences in a group,
-i a position that looks (query), j one that is looked at (key).
+Symbols: B sequences of a bucket, all of L positions; N tokens, D hidden size, H heads, K = D/H; i a position that
+looks (query), j one that is looked at (key). d_A stands for dLoss/dA, and so on.
 
-Position i asks with its query q[i], position j answers with its key k[j]; the better the two match, the
-more of the value v[j] goes into o[i]. All three are linear in the block's input (model.py). Only j <= i
-counts: position i is to predict item i + 1 and must not see it. Each head does this on K columns of
-its own; 1/sqrt(K) keeps the spread of s, a sum of K products, from growing with K.
+Position i asks with its query q_i, position j answers with its key k_j. The better the two match, the more of the
+value v_j goes into o_i. All three are linear in the block's input (model.py). Only j <= i counts: position i is to
+predict item i + 1 and must not see it. Each head does this on K columns of its own.
 
-    softmax   A[i,j] = exp(s_ij) / sum_{j' <= i} exp(s_ij'),  s = q k^T / sqrt(K)   learned
-    uniform   A[i,j] = 1/(i+1) for j <= i                                           a plain average
-    identity  A[i,j] = 1 for j = i                                                  no mixing
-    recency   A[i,j] proportional to 1/(1 + i - j) for j <= i                       the recent counts more
-    o[i] = sum_j dropout(A)[i,j] v[j]
+    s_ij = q_i . k_j / sqrt(K)                            how well j's key answers i's query
+    A_ij = exp(s_ij) / sum_{l <= i} exp(s_il)             softmax: positive, each row sums to 1
+    o_i  = sum_j A_ij M_ij v_j                            M: the dropout mask
 
-Token-wise arrays are packed, [N, D], with no padding rows, but attention needs rectangles
-[g, L, ...]. The sequences of a batch lie sorted by length, so a run of equal lengths IS a
-rectangle: a view, no copy. Where few large kernels beat many small ones (a GPU), unequal lengths
-share a rectangle and the missing places at each sequence's END are zero. No mask is needed for
-them: a causal query never looks ahead, and their own outputs are dropped.
+Why 1/sqrt(K): let the entries of q and k be independent, with mean 0 and variance 1. A product of two of them then
+has variance 1, and the sum of K such products has variance K. Divided by sqrt(K), s has variance 1 whatever K is.
+Without it, scores would grow with K, softmax would put nearly all weight on one position, and its gradient, which
+holds the factor A_ij (1 - A_ij), would vanish.
+
+The fixed weightings put a constant matrix in the place of the softmax. Queries and keys then reach no output, so
+the gradients of W_q, b_q, W_k and b_k are 0, and Adam, whose step is 0 where every gradient was 0, never moves them.
 """
 
 from typing import NamedTuple
 
-import numpy as np
-
-from minirec.backend import get_array_module, to_device
+from minirec.backend import get_array_module, row_sum
 from minirec.ops import dropout_mask
+from minirec.packing import from_heads, to_heads
 
-# The fixed weightings: what A[i,j] is proportional to, for query position i and key position j <= i. Each row is
-# divided by its sum, and the future gets 0. Whatever lists weightings takes them from here: a new one is one line.
+# The fixed weightings: what A_ij is proportional to, with i the query's position and j <= i the key's. Each row is then
+# divided by its sum. Whatever lists the weightings takes them from here: a new one is one more line.
 FIXED = {
-    "uniform": lambda i, j: 1,
-    "identity": lambda i, j: i == j,
-    "recency": lambda i, j: 1 / (1 + i - j),
+    "uniform": lambda i, j: 1,  # A_ij = 1/(i + 1): a plain average of the past
+    "identity": lambda i, j: i == j,  # A_ii = 1: no mixing
+    "recency": lambda i, j: 1 / (1 + i - j),  # the more recent, the more weight
 }
 
 
@@ -42,141 +40,111 @@ def known_weightings():
     return ("softmax", *FIXED)
 
 
-class Group(NamedTuple):
-    """Rows start:stop of a packed array, seen as `count` sequences of `length` positions."""
+def fixed_weights(weighting, length, like):
+    """Return A of a weighting of FIXED, [L, L]: the same for all sequences and heads.
 
-    start: int
-    stop: int
-    count: int
-    length: int
-    places: object = None  # [stop - start] where each row lies in the count * length places; None: all in order
-
-
-def make_groups(lengths, rectangles, xp):
-    """Cut sequences into groups for attention.
-
-    lengths [B] ascending, on the host; rectangles: how many groups, or None for one group a
-    distinct length (no padding at all). Returns a list of Group that covers rows 0..N-1 in order.
-    """
-    lengths = np.asarray(lengths)
-    if rectangles is None:
-        cuts = np.flatnonzero(np.diff(lengths)) + 1
-        runs = np.split(lengths, cuts)
-    else:
-        runs = [run for run in np.array_split(lengths, rectangles) if len(run)]
-    groups, start = [], 0
-    for run in runs:
-        count, length, n = len(run), int(run[-1]), int(run.sum())
-        places = None
-        if n < count * length:
-            places = np.flatnonzero(np.arange(length) < run[:, None])
-            places = to_device(places, xp)
-        groups.append(Group(start, start + n, count, length, places))
-        start += n
-    return groups
-
-
-def to_heads(x, group, n_heads):
-    """Return rows of packed x [N, D] as [g, H, L, K]; a view where the group is dense."""
-    rows = x[group.start : group.stop]
-    if group.places is not None:
-        xp = get_array_module(x)
-        padded = xp.zeros((group.count * group.length, x.shape[1]), x.dtype)
-        padded[group.places] = rows
-        rows = padded
-    return rows.reshape(group.count, group.length, n_heads, -1).transpose(0, 2, 1, 3)
-
-
-def from_heads(x_heads, group, out):
-    """Write x_heads [g, H, L, K] to its rows of packed out [N, D]: the inverse of to_heads."""
-    rows = x_heads.transpose(0, 2, 1, 3).reshape(group.count * group.length, -1)
-    out[group.start : group.stop] = rows if group.places is None else rows[group.places]
-
-
-def fixed_part(weighting, length, like):
-    """Return what of A no input changes, [length, length]; its upper left corner serves shorter sequences.
-
-    softmax: 0 for j <= i and -inf for j > i, to be added to the scores, since exp(-inf) = 0;
-    one of FIXED: A itself. `like` gives array module and dtype.
+    Its upper left corner serves shorter sequences. `like` gives array module and dtype.
     """
     xp = get_array_module(like)
-    if weighting == "softmax":
-        return xp.triu(xp.full((length, length), -xp.inf, like.dtype), 1)
     position = xp.arange(length, dtype=like.dtype)
     i, j = position[:, None], position[None, :]
-    past = j <= i
-    a = FIXED[weighting](i, xp.minimum(i, j)) * past  # the future is computed as j = i, then set to 0
+    a = FIXED[weighting](i, xp.minimum(i, j)) * (j <= i)  # the future gets 0, and no formula has to hold there
     a = a.astype(like.dtype)
-    return a / (a @ xp.ones((length, 1), like.dtype))
+    return a / row_sum(a)
 
 
-def attention_weights(weighting, q, k, fixed):
-    """Return A: [g, H, L, L] for softmax, else [L, L] for all sequences and heads alike.
-
-    q (divided by sqrt(K)) and k [g, H, L, K] are used by softmax alone; fixed [L, L] as from fixed_part.
-    """
-    return softmax(q @ k.swapaxes(2, 3) + fixed) if weighting == "softmax" else fixed
+def causal_mask(length, like):
+    """Return what hides the future from softmax, [L, L]: 0 for j <= i, -inf for j > i, since exp(-inf) = 0."""
+    xp = get_array_module(like)
+    return xp.triu(xp.full((length, length), -xp.inf, like.dtype), 1)
 
 
 def softmax(scores):
-    """Softmax over the last axis; scores are overwritten. The row's maximum cancels; it keeps exp from overflowing."""
+    """Softmax over the last axis; scores are overwritten.
+
+    The row's maximum cancels between numerator and denominator. Taking it off keeps exp from overflowing.
+    """
     xp = get_array_module(scores)
     scores -= scores.max(axis=-1, keepdims=True)
-    xp.exp(scores, out=scores)
-    scores /= (scores @ xp.ones(scores.shape[-1], scores.dtype))[..., None]  # a row sum is fastest as a product
-    return scores
+    weights = xp.exp(scores, out=scores)
+    weights /= row_sum(weights)
+    return weights
 
 
-def attention(q, k, v, groups, n_heads, weighting, dropout, rng):
-    """Mix the values of each sequence's past.
+class AttentionCache(NamedTuple):
+    """What one bucket's attention leaves for its backward, and for whoever wants to look at A."""
 
-    q, k, v [N, D] packed (q and k are None unless the weighting is softmax), groups as from
-    make_groups, dropout: rate on A -> out [N, D], cache: a list with one tuple a group,
-    (q / sqrt K, k, v, A, A with dropout, o), q, k, v and o as [g, H, L, K].
+    q: object  # [B, H, L, K], divided by sqrt(K); None where the weighting is fixed
+    k: object  # [B, H, L, K]; None where the weighting is fixed
+    v: object  # [B, H, L, K]
+    weights: object  # A: [B, H, L, L] of softmax, [L, L] of a fixed weighting
+    weights_dropped: object  # A * M, [B, H, L, L]; A itself without dropout
+    out: object  # [B, H, L, K]
+
+
+def attention(q, k, v, buckets, n_heads, weighting, dropout, rng):
+    """Mix the values of each sequence's past: o_i = sum_j A_ij M_ij v_j.
+
+    q, k, v [N, D] packed (q and k None where the weighting is fixed); buckets: of packing.make_buckets; weighting:
+    "softmax" or one of FIXED; dropout: its rate on A; rng None = no dropout.
+    Returns out [N, D] and a list of one AttentionCache a bucket.
     """
-    xp = get_array_module(v)
-    out = xp.empty_like(v)
-    fixed = fixed_part(weighting, max(group.length for group in groups), v)
-    cache = []
-    for group in groups:
-        v_heads = to_heads(v, group, n_heads)  # [g, H, L, K]
+    longest = max(bucket.length for bucket in buckets)
+    constant = causal_mask(longest, v) if weighting == "softmax" else fixed_weights(weighting, longest, v)
+    out, caches = get_array_module(v).empty_like(v), []
+    for bucket in buckets:
+        v_heads = to_heads(v, bucket, n_heads)  # [B, H, L, K]
+        corner = constant[: bucket.length, : bucket.length]  # [L, L]
         q_heads = k_heads = None
         if weighting == "softmax":
-            q_heads = to_heads(q, group, n_heads) * v_heads.shape[-1] ** -0.5  # the 1/sqrt(K) of s
-            k_heads = to_heads(k, group, n_heads)
-        a = attention_weights(weighting, q_heads, k_heads, fixed[: group.length, : group.length])
-        mask = dropout_mask(v_heads.shape[:3] + (group.length,), dropout, rng, v)
-        a_dropped = a if mask is None else a * mask  # [g, H, L, L], or [L, L] like a
-        o_heads = a_dropped @ v_heads  # [g, H, L, K]
-        from_heads(o_heads, group, out)
-        cache.append((q_heads, k_heads, v_heads, a, a_dropped, o_heads))
-    return out, cache
+            q_heads = to_heads(q, bucket, n_heads) * v_heads.shape[-1] ** -0.5  # the 1/sqrt(K) of s
+            k_heads = to_heads(k, bucket, n_heads)
+            weights = softmax(q_heads @ k_heads.swapaxes(2, 3) + corner)  # A, [B, H, L, L]
+        else:
+            weights = corner  # A, [L, L]
+        mask = dropout_mask(v_heads.shape[:3] + (bucket.length,), dropout, rng, v)
+        weights_dropped = weights if mask is None else weights * mask  # [B, H, L, L]
+        out_heads = weights_dropped @ v_heads  # o, [B, H, L, K]
+        from_heads(out_heads, bucket, out)
+        caches.append(AttentionCache(q_heads, k_heads, v_heads, weights, weights_dropped, out_heads))
+    return out, caches
 
 
-def attention_backward(d_out, cache, groups, weighting):
-    """Return d_q, d_k, d_v [N, D]; d_q and d_k are None unless the weighting is softmax.
+def attention_backward(d_out, caches, buckets, weighting):
+    """Return d_q, d_k, d_v [N, D], with d_out [N, D]; d_q and d_k are None where the weighting is fixed.
 
-    Write M for the dropout mask, a' = A M (elementwise), o = a' v. Then, with d_o = d_out given,
-        d_v = a'^T d_o        d_a' = d_o v^T        d_A = d_a' M        [L, L] a head, but d_v [L, K].
-    Softmax of one row, S = sum_l exp(s_l): A_j = exp(s_j) / S, so by the quotient rule
-        dA_j/ds_l = delta_jl exp(s_j) / S - exp(s_j) exp(s_l) / S^2 = A_j (delta_jl - A_l)
-        d_s_l = sum_j d_A_j A_j (delta_jl - A_l) = A_l (d_A_l - r),   r = sum_j d_A_j A_j.
-    The mask need not be kept: A d_A = a' d_a' (both are A M d_a'), and (Dao et al. 2022, FlashAttention)
-        r = sum_j d_a'_j a'_j = sum_j (d_o . v_j) a'_j = d_o . sum_j a'_j v_j = d_o . o.
-    So d_s = a' d_a' - A (d_o . o). Last, s = q k^T / sqrt K: d_q = d_s k / sqrt K, d_k = d_s^T q / sqrt K.
-    A row of d_s sums to 0 (sum_l A_l = 1), for what adds the same to all scores of a row, as b_k does
-    (q_i . b_k), changes no weight: the gradient of b_k is 0.
+    One sequence, one head; every array is [L, K] or [L, L], products of equal shapes are elementwise.
+
+    1. Without dropout. o = A v is linear in A and in v (ops.linear_backward):
+           d_A = d_o v^T        d_v = A^T d_o
+       Softmax of one row: A_j = exp(s_j) / S, S = sum_l exp(s_l). By the quotient rule
+           dA_j/ds_l = delta_jl exp(s_j) / S - exp(s_j) exp(s_l) / S^2 = A_j (delta_jl - A_l)
+           d_s_l = sum_j d_A_j dA_j/ds_l = A_l (d_A_l - r),        r = sum_j d_A_j A_j, one number a row
+       s = q k^T / sqrt(K) is a product again:
+           d_q = d_s k / sqrt(K)        d_k = d_s^T q / sqrt(K)
+
+    2. With dropout. o = (A M) v; write A' = A M. Then v meets A', and A is reached through the mask:
+           d_v = A'^T d_o        d_A' = d_o v^T        d_A = d_A' M
+       and d_s, r, d_q, d_k are as in 1.
+
+    3. Without keeping M, nor a sum over L (Dao et al. 2022, FlashAttention). A d_A = A M d_A' = A' d_A', so
+           r = sum_j A'_j d_A'_j = sum_j A'_j (d_o . v_j) = d_o . sum_j A'_j v_j = d_o . o
+           d_s = A d_A - A r = A' d_A' - A (d_o . o)
+
+    A row of d_s sums to 0, because sum_l A_l = 1. What adds the same to all scores of a row changes no weight.
+    b_k does just that (q_i . b_k is the same for all j), so its gradient is 0.
     """
-    xp = get_array_module(d_out)
-    softmax = weighting == "softmax"
-    d_q, d_k, d_v = (xp.empty_like(d_out) if wanted else None for wanted in (softmax, softmax, True))
-    for group, (q, k, v, a, a_dropped, o) in zip(groups, cache, strict=True):
-        d_o = to_heads(d_out, group, v.shape[1])  # [g, H, L, K]
-        from_heads(a_dropped.swapaxes(-1, -2) @ d_o, group, d_v)
-        if softmax:
-            d_scores = d_o @ v.swapaxes(2, 3)  # d_a', [g, H, L, L]
-            d_scores *= a_dropped
-            d_scores -= a * (d_o * o).sum(axis=-1, keepdims=True)
-            from_heads(d_scores @ k * k.shape[-1] ** -0.5, group, d_q)
-            from_heads(d_scores.swapaxes(2, 3) @ q, group, d_k)  # q holds the 1/sqrt(K) already
+    learned = weighting == "softmax"
+    empty_like = get_array_module(d_out).empty_like
+    d_q, d_k, d_v = empty_like(d_out) if learned else None, empty_like(d_out) if learned else None, empty_like(d_out)
+    for bucket, cache in zip(buckets, caches, strict=True):
+        q, k, v, weights, weights_dropped, out = cache
+        d_o = to_heads(d_out, bucket, v.shape[1])  # [B, H, L, K]
+        from_heads(weights_dropped.swapaxes(-1, -2) @ d_o, bucket, d_v)
+        if learned:
+            d_scores = d_o @ v.swapaxes(2, 3)  # d_A', [B, H, L, L]
+            d_scores *= weights_dropped
+            d_scores -= weights * (d_o * out).sum(axis=-1, keepdims=True)  # d_s
+            from_heads(d_scores @ k * k.shape[-1] ** -0.5, bucket, d_q)
+            from_heads(d_scores.swapaxes(2, 3) @ q, bucket, d_k)  # q holds the 1/sqrt(K) already
     return d_q, d_k, d_v

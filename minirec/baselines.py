@@ -8,9 +8,9 @@ Symbols: U users, V items, M cases, c cases in a chunk.
 
 import numpy as np
 
-from minirec.backend import chunk_rows
 from minirec.data import users_of
 from minirec.evaluate import chunks, ranks_of, remove_seen
+from minirec.packing import chunk_rows
 
 BASELINES = ("popularity", "transitions")
 

@@ -11,10 +11,10 @@ import itertools
 
 import numpy as np
 
-from minirec.backend import chunk_rows, get_array_module, plan, to_device, to_host
+from minirec.backend import get_array_module, to_device, to_host
 from minirec.errors import UserError
-from minirec.model import forward, pack
-from minirec.workers import cut
+from minirec.model import forward
+from minirec.packing import chunk_rows, micro_batches, pack, plan
 
 CUTOFFS = (1, 5, 10, 20, 50, 100)
 CASES_AT_A_TIME = 1024
@@ -26,7 +26,7 @@ def last_representations(parameters, config, sequence, starts, stops):
     xp = get_array_module(parameters["item_embedding"])
     out = xp.empty((len(starts), config.hidden_size), parameters["item_embedding"].dtype)
     lengths = np.minimum(stops - starts, config.max_length)
-    for piece in cut(lengths, 1, plan(xp).micro_batch_tokens)[0]:
+    for piece in micro_batches(lengths, 1, plan(xp).micro_batch_tokens)[0]:
         batch = pack(sequence, stops[piece] - lengths[piece], lengths[piece], xp, with_targets=False)
         x, _ = forward(parameters, config, batch)
         last = np.cumsum(batch.lengths) - 1

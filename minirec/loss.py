@@ -1,12 +1,13 @@
 """The losses, each fused with its gradient: cross-entropy over all items, and two that sample.
 
-Symbols: N tokens, D hidden size, V items, K negatives, c rows in a chunk. The logits [N, V] would be
-by far the largest array of a step; they are made in chunks of a few rows that stay in the processor's
-cache, used for loss and gradient at once, and overwritten. The whole [N, V] never exists. Where even
-V logits a token are too many (a million items), the two sampled losses look at a few items only.
+Symbols: N tokens, D hidden size, V items, n negatives, c rows of a chunk. The logits [N, V] would be by far the
+largest array of a step. They are made in chunks of a few rows that stay in the processor's cache, used for loss and
+gradient at once, and overwritten. The whole [N, V] never exists. Where even V logits a token are too many (a
+million items), the two sampled losses look at a few items only.
 """
 
-from minirec.backend import chunk_rows, get_array_module, scatter_add
+from minirec.backend import get_array_module, row_sum, scatter_add
+from minirec.packing import chunk_rows
 
 LOSSES = ("ce", "sampled", "bce")
 
@@ -14,67 +15,71 @@ LOSSES = ("ce", "sampled", "bce")
 def cross_entropy(x, items, targets, scale, d_items):
     """Loss and gradient of softmax cross-entropy against the next item (no sampling).
 
-    x [N, D] token representations, items [V, D] item embeddings (tied: logits = x items^T),
-    targets [N] integers, scale: what each token's loss counts (1/N for a mean).
+    x [N, D] token representations, items [V, D] item embeddings (tied: logits = x items^T), targets [N] integers,
+    scale: what each token's loss counts (1/N for a mean).
     Returns the loss (a 0-d array, on the device) and d_x [N, D]; adds to d_items [V, D].
 
-    For one token with target t: z = items x, p_v = exp z_v / sum_u exp z_u, and
+    One token with target t: z = items x its logits, p_v = exp z_v / sum_u exp z_u, and
         loss = -log p_t = log(sum_v exp z_v) - z_t
-        dloss/dz_v = exp z_v / sum_u exp z_u - [v = t] = p_v - [v = t].
-    Subtracting the row's maximum m changes neither (it cancels) and keeps exp from overflowing.
-    From here z = x items^T is a linear layer without bias (ops.linear_backward): with onehot_v = [v = t],
-        d_x = (p - onehot) items,        d_items += (p - onehot)^T x.
-    With e = exp(z - m) and s = sum e: p - onehot = (e - s onehot) / s. So s is taken from the one
-    entry at t, and the division by s is left for the thin factors, [c, D] instead of [c, V]:
-        d_x = ((e - s onehot) items) / s,        d_items += (e - s onehot)^T (x / s).
+        dloss/dz_v = exp z_v / sum_u exp z_u - [v = t] = p_v - [v = t]
+    Taking the row's maximum m off changes neither (it cancels) and keeps exp from overflowing.
+    z = x items^T is a linear layer without bias (ops.linear_backward), so with onehot_v = [v = t]
+        d_x = (p - onehot) items        d_items += (p - onehot)^T x
+    With e = exp(z - m) and s = sum e, p - onehot = (e - s onehot) / s. In this form only the one entry at t has to
+    change, and the division by s is left to arrays [c, D], which are smaller than [c, V]:
+        d_x = ((e - s onehot) items) / s        d_items += (e - s onehot)^T (x / s)
     """
     xp = get_array_module(x)
     scale = float(scale)  # a NumPy float64 scalar would promote float32 arrays
     rows = chunk_rows(xp, len(items), x.dtype.itemsize)
-    d_x, ones = xp.empty_like(x), xp.ones(len(items), x.dtype)
+    d_x = xp.empty_like(x)
     loss = xp.zeros((), xp.float64)
     for start in range(0, len(x), rows):
         chunk = slice(start, start + rows)
         x_chunk, target = x[chunk], targets[chunk]  # [c, D], [c]
-        each = xp.arange(len(target))
-        z = x_chunk @ items.T  # [c, V]
-        z -= z.max(axis=1, keepdims=True)
-        z_target = z[each, target]  # [c]
-        xp.exp(z, out=z)
-        s = z @ ones  # [c]; a row sum is fastest as a product
-        loss += (xp.log(s) - z_target).sum()
-        z[each, target] -= s
-        thin = (scale / s)[:, None]  # [c, 1]
-        d_x[chunk] = z @ items
-        d_x[chunk] *= thin
-        d_items += z.T @ (x_chunk * thin)
+        row = xp.arange(len(target))
+        logits = x_chunk @ items.T  # [c, V]; e and weight, below, are written over it
+        logits -= logits.max(axis=1, keepdims=True)
+        logits_target = logits[row, target]  # [c]
+        e = xp.exp(logits, out=logits)
+        s = row_sum(e)  # [c, 1]
+        loss += (xp.log(s[:, 0]) - logits_target).sum()
+        weight = e  # e - s onehot
+        weight[row, target] -= s[:, 0]
+        scale_over_s = scale / s  # [c, 1]
+        d_x[chunk] = weight @ items
+        d_x[chunk] *= scale_over_s
+        d_items += weight.T @ (x_chunk * scale_over_s)
     return loss * scale, d_x
 
 
 def sampled_cross_entropy(x, items, targets, negatives, scale, d_items):
-    """Loss and gradient of softmax cross-entropy over the target and K shared negatives.
+    """Loss and gradient of softmax cross-entropy over the target and n shared negatives.
 
-    As in Klenitskiy and Vasilev (2023): negatives [K] are drawn once for all tokens, uniformly; where
-    one of them is a token's own target, it does not count for that token. Else as cross_entropy, whose
-    derivation holds with the target's logit in a column of its own: p - onehot = (e - s onehot) / s.
+    As in Klenitskiy and Vasilev (2023): negatives [n] are drawn once for all tokens, uniformly; where one of them is
+    a token's own target, it does not count for that token. Otherwise as cross_entropy, whose derivation holds with
+    the target's logit in a column of its own: p - onehot = (e - s onehot) / s.
+
+    This loss is biased: where the full sum has V - 1 terms beside the target's, s has about n, so the target looks
+    more probable than it is. A draw is item v with probability 1/V, so adding log(V/n) to the negatives' logits would
+    make the expectation of s the full sum (Bengio and Senecal 2008). It is left out, as in the paper above.
     """
     xp = get_array_module(x)
     scale = float(scale)
-    items_target, items_negative = items[targets], items[negatives]  # [N, D], [K, D]
-    z = x @ items_negative.T  # [N, K]
-    z = xp.where(targets[:, None] == negatives, -xp.inf, z)  # exp(-inf) = 0
-    z_target = (x * items_target).sum(axis=1)  # [N]
-    highest = xp.maximum(z.max(axis=1), z_target)
-    z -= highest[:, None]
-    z_target -= highest
-    xp.exp(z, out=z)
-    e_target = xp.exp(z_target)
-    s = z @ xp.ones(len(negatives), x.dtype) + e_target  # [N]
-    loss = (xp.log(s) - z_target).sum(dtype=xp.float64)
-    thin = (scale / s)[:, None]  # [N, 1]
-    d_target = (e_target - s)[:, None] * thin  # dloss/dz_target, [N, 1]
-    d_x = (z @ items_negative) * thin + d_target * items_target
-    scatter_add(d_items, negatives, z.T @ (x * thin))
+    items_target, items_negative = items[targets], items[negatives]  # [N, D], [n, D]
+    logits = x @ items_negative.T  # [N, n]
+    logits = xp.where(targets[:, None] == negatives, -xp.inf, logits)  # exp(-inf) = 0
+    logits_target = row_sum(x * items_target)  # [N, 1]
+    highest = xp.maximum(logits.max(axis=1, keepdims=True), logits_target)
+    logits -= highest
+    logits_target -= highest
+    e, e_target = xp.exp(logits, out=logits), xp.exp(logits_target)
+    s = row_sum(e) + e_target  # [N, 1]
+    loss = (xp.log(s) - logits_target).sum(dtype=xp.float64)
+    scale_over_s = scale / s  # [N, 1]
+    d_target = (e_target - s) * scale_over_s  # dloss/dlogits_target, [N, 1]
+    d_x = (e @ items_negative) * scale_over_s + d_target * items_target
+    scatter_add(d_items, negatives, e.T @ (x * scale_over_s))
     scatter_add(d_items, targets, d_target * x)
     return loss * scale, d_x
 
@@ -82,20 +87,21 @@ def sampled_cross_entropy(x, items, targets, negatives, scale, d_items):
 def binary_cross_entropy(x, items, targets, negatives, scale, d_items):
     """Loss and gradient of SASRec's own loss: the target against one negative a position.
 
-    Kang and McAuley (2018), equation 6: loss = -log sigmoid(z_t) - log(1 - sigmoid(z_n)), with
-    z_t = x . items_t and z_n = x . items_n; negatives [N]. In a form that cannot overflow,
-        -log sigmoid(z) = log(1 + exp(-z)),    its derivative -exp(-z) / (1 + exp(-z)) = sigmoid(z) - 1,
-        dloss/dz_t = sigmoid(z_t) - 1,    dloss/dz_n = 1 - sigmoid(-z_n) = sigmoid(z_n).
-    Else as cross_entropy.
+    Kang and McAuley (2018), equation 6: loss = -log sigmoid(z_t) - log(1 - sigmoid(z_n)), with z_t = x . items_t,
+    z_n = x . items_n, and negatives [N]. In a form that cannot overflow,
+        -log sigmoid(z) = log(1 + exp(-z))        its derivative: -exp(-z) / (1 + exp(-z)) = sigmoid(z) - 1
+        -log(1 - sigmoid(z)) = -log sigmoid(-z)
+        dloss/dz_t = sigmoid(z_t) - 1        dloss/dz_n = 1 - sigmoid(-z_n) = sigmoid(z_n)
+    Otherwise as cross_entropy.
     """
     xp = get_array_module(x)
     scale = float(scale)
     loss, d_x = xp.zeros((), xp.float64), xp.zeros_like(x)
-    for index, sign in ((targets, 1), (negatives, -1)):  # -log(1 - sigmoid(z)) = -log sigmoid(-z)
+    for index, sign in ((targets, 1), (negatives, -1)):
         rows = items[index]  # [N, D]
-        z = sign * (x * rows).sum(axis=1)
+        z = sign * row_sum(x * rows)  # [N, 1]
         loss += xp.logaddexp(0, -z).sum(dtype=xp.float64)
-        d_z = (-sign * scale * 0.5 * (1 - xp.tanh(z / 2)))[:, None]  # sigmoid(z) = (1 + tanh(z/2)) / 2
+        d_z = -sign * scale * 0.5 * (1 - xp.tanh(z / 2))  # sigmoid(z) = (1 + tanh(z/2)) / 2
         d_x += d_z * rows
         scatter_add(d_items, index, d_z * x)
     return loss * scale, d_x

@@ -1,17 +1,18 @@
 """Forward and backward of the token-wise operations: embedding, linear, relu, dropout, layer norm.
 
-Symbols: N tokens (all valid positions of a batch, packed, no padding), D hidden size, V items.
-y = f(x) is computed forwards; backwards, d_y stands for dLoss/dy, an array of y's shape, and
-f_backward turns it into d_x. In derivations [i = j], also delta_ij, is 1 where i = j and else 0.
+Symbols: N tokens (all positions of a batch, packed, no padding), D hidden size, V items; M columns of a result.
+L is the loss in derivatives. y = f(x) is computed forwards; backwards, d_y stands for dL/dy, an array of y's shape.
+In derivations [i = j], also delta_ij, is 1 where i = j and else 0.
 
-Each f(...) returns (out, cache), and f_backward(d_out, cache, ...) right below it returns d_x.
-Gradients of parameters are ADDED to the arrays given (d_w, d_b, ...): a parameter that is used
-twice, or by several micro-batches, gets the sum of its gradients, as the chain rule asks.
+Each f(...) returns (out, cache), and f_backward(d_out, cache, ...), right below it, returns d_x. Gradients of
+parameters are ADDED to the arrays that are passed in (d_w, d_b, ...): a parameter that is used twice, or by several
+micro-batches, gets the sum of its gradients, as the chain rule asks.
 """
 
 import math
+from typing import NamedTuple
 
-from minirec.backend import get_array_module, random_uint16, scatter_add
+from minirec.backend import column_sum, get_array_module, random_uint16, row_mean, scatter_add
 
 LAYER_NORM_EPS = 1e-8
 
@@ -19,62 +20,66 @@ LAYER_NORM_EPS = 1e-8
 def embedding(table, index):
     """Look up rows: out[n] = table[index[n]].
 
-    table [V, D], index [N] integers in 0..V-1 -> out [N, D], cache.
+    table [V, D], index [N] integers in 0..V-1 -> out [N, D], cache (index).
     """
     return table[index], index
 
 
-def embedding_backward(d_out, cache, d_table):
-    """Add to d_table [V, D], given d_out [N, D]: the gradient of a row goes to the row that was looked up.
+def embedding_backward(d_out, index, d_table):
+    """Add to d_table [V, D], with d_out [N, D]: the gradient of a row goes to the row that was looked up.
 
     out_nd = sum_v [index_n = v] table_vd, a product with one-hot rows, so
-        dL/dtable_vd = sum_n [index_n = v] dL/dout_nd: all uses of row v add up.
+        dL/dtable_vd = sum_n [index_n = v] dL/dout_nd        all uses of row v add up
     """
-    scatter_add(d_table, cache, d_out)
+    scatter_add(d_table, index, d_out)
+
+
+class LinearCache(NamedTuple):
+    """What linear_backward needs of the forward."""
+
+    x: object  # [N, D]
+    w: object  # [D, M]
 
 
 def linear(x, w, b):
     """out = x w + b.
 
-    x [N, D], w [D, M], b [M] -> out [N, M], cache.
+    x [N, D], w [D, M], b [M] -> out [N, M], LinearCache.
     """
     out = x @ w  # [N, M]
     out += b
-    return out, (x, w)
+    return out, LinearCache(x, w)
 
 
 def linear_backward(d_out, cache, d_w, d_b):
-    """Return d_x [N, D], given d_out [N, M]; add to d_w [D, M] and d_b [M].
+    """Return d_x [N, D], with d_out [N, M]; add to d_w [D, M] and d_b [M].
 
-    out_nm = sum_d x_nd w_dm + b_m, so by the chain rule (sum over every output that the input reaches)
+    out_nm = sum_d x_nd w_dm + b_m. The chain rule sums over every output that an input reaches:
         dL/dx_nd = sum_m dL/dout_nm w_dm        ->  d_x = d_out w^T
         dL/dw_dm = sum_n x_nd dL/dout_nm        ->  d_w = x^T d_out
-        dL/db_m  = sum_n dL/dout_nm             ->  d_b = 1^T d_out
+        dL/db_m  = sum_n dL/dout_nm             ->  d_b = the sum of d_out's rows
     """
-    x, w = cache
-    xp = get_array_module(x)
-    d_w += x.T @ d_out
-    d_b += xp.ones(len(x), x.dtype) @ d_out  # a sum over rows is fastest as a product
-    return d_out @ w.T
+    d_w += cache.x.T @ d_out
+    d_b += column_sum(d_out)
+    return d_out @ cache.w.T
 
 
 def relu(x):
-    """out = max(x, 0), elementwise -> out, cache."""
-    xp = get_array_module(x)
-    out = xp.maximum(x, 0)
+    """out = max(x, 0), elementwise -> out, cache (out)."""
+    out = get_array_module(x).maximum(x, 0)
     return out, out
 
 
-def relu_backward(d_out, cache):
-    """d_x = d_out where x > 0, which is where out > 0; the derivative at 0 is taken as 0."""
-    return d_out * (cache > 0)
+def relu_backward(d_out, out):
+    """Return d_x = d_out where x > 0, which is where out > 0; the derivative at 0 is taken as 0."""
+    return d_out * (out > 0)
 
 
 def dropout_mask(shape, rate, rng, like):
-    """Draw a mask that is 0 with probability `rate` (to 1/65536) and otherwise such that its mean is 1.
+    """Draw a mask that is 0 with probability `rate` (to 1/65536) and otherwise a constant, such that its mean is 1.
 
-    Array module and dtype are those of `like`; the draws do not depend on the dtype, so that float64
-    checks see the masks of float32 training. None where nothing is dropped (rng None or rate 0).
+    Array module and dtype are those of `like`. The draws do not depend on the dtype, so that checks in float64 see
+    the masks of training in float32. Returns None where nothing is dropped (rng None or rate 0).
     """
     if rng is None or rate == 0:
         return None
@@ -87,38 +92,45 @@ def dropout_mask(shape, rate, rng, like):
 def dropout(x, rate, rng):
     """Inverted dropout (Srivastava et al. 2014): out = x * mask -> out, cache (the mask or None).
 
-    What is kept is divided by 1 - rate, so that out has the mean of x and inference needs no rescaling.
+    What is kept is divided by 1 - rate. So the mean of out is that of x, and inference needs no rescaling.
     """
     mask = dropout_mask(x.shape, rate, rng, x)
     return (x if mask is None else x * mask), mask
 
 
-def dropout_backward(d_out, cache):
-    """d_x = d_out * mask."""
-    return d_out if cache is None else d_out * cache
+def dropout_backward(d_out, mask):
+    """Return d_x = d_out * mask."""
+    return d_out if mask is None else d_out * mask
+
+
+class LayerNormCache(NamedTuple):
+    """What layer_norm_backward needs of the forward, and decompose.py too."""
+
+    normed: object  # [N, D] (x - mean) / sigma
+    sigma: object  # [N, 1]
+    gamma: object  # [D]
 
 
 def layer_norm(x, gamma, beta):
     """Layer norm (Ba et al. 2016): out = gamma (x - mean) / sigma + beta, over each row.
 
-    x [N, D], gamma [D], beta [D] -> out [N, D], cache: all that the backward needs of x.
-    sigma = sqrt(variance + 1e-8), the variance in two passes: exact also where mean >> deviation.
+    x [N, D], gamma [D], beta [D] -> out [N, D], LayerNormCache.
+    sigma = sqrt(variance + 1e-8). The variance takes two passes, which is exact also where mean >> deviation.
     """
     xp = get_array_module(x)
-    average = xp.full((x.shape[1], 1), 1 / x.shape[1], x.dtype)  # x @ average = row means
-    centred = x - x @ average  # [N, D]
-    sigma = xp.sqrt((centred * centred) @ average + LAYER_NORM_EPS)  # [N, 1]
+    centred = x - row_mean(x)  # [N, D]
+    sigma = xp.sqrt(row_mean(centred * centred) + LAYER_NORM_EPS)  # [N, 1]
     normed = centred
     normed /= sigma
     out = normed * gamma
     out += beta
-    return out, (normed, sigma, gamma, average)
+    return out, LayerNormCache(normed, sigma, gamma)
 
 
 def layer_norm_backward(d_out, cache, d_gamma, d_beta):
-    """Return d_x [N, D], given d_out [N, D]; add to d_gamma [D] and d_beta [D].
+    """Return d_x [N, D], with d_out [N, D]; add to d_gamma [D] and d_beta [D].
 
-    One row: m its mean, s its sigma, n = (x - m)/s, out = gamma n + beta, e = dL/dn = gamma d_out.
+    One row: m its mean, s its sigma, n = (x - m)/s, out = gamma n + beta, and e = dL/dn = gamma d_out.
     Every x_k moves m and s, and these move every n_i:
         dm/dx_k = 1/D
         s^2 = sum_i (x_i - m)^2 / D + eps, so 2 s ds/dx_k = 2/D sum_i (x_i - m)(delta_ik - 1/D)
@@ -126,16 +138,15 @@ def layer_norm_backward(d_out, cache, d_gamma, d_beta):
         dn_i/dx_k = (delta_ik - 1/D)/s - (x_i - m)/s^2 * n_k/D
                   = (delta_ik - 1/D - n_i n_k / D) / s
         d_x_k = sum_i e_i dn_i/dx_k = (e_k - mean(e) - n_k mean(e n)) / s
-    in words: e, less its part along the constant vector, less its part along n, over s: shifting or
-    stretching a row changes no n. gamma and beta serve all rows: d_gamma = sum d_out n, d_beta = sum d_out.
+    In words: e, less its part along the constant vector, less its part along n, all over s. These two parts go
+    because shifting or stretching a row changes no n. gamma and beta serve all rows, so
+        d_gamma = sum over rows of d_out n        d_beta = sum over rows of d_out
     """
-    normed, sigma, gamma, average = cache
-    xp = get_array_module(normed)
-    ones = xp.ones(len(normed), normed.dtype)
-    d_gamma += ones @ (d_out * normed)
-    d_beta += ones @ d_out
+    normed, sigma, gamma = cache
+    d_gamma += column_sum(d_out * normed)
+    d_beta += column_sum(d_out)
     d_normed = d_out * gamma  # e, [N, D]
-    d_x = d_normed - d_normed @ average
-    d_x -= normed * ((d_normed * normed) @ average)
+    d_x = d_normed - row_mean(d_normed)
+    d_x -= normed * row_mean(d_normed * normed)
     d_x /= sigma
     return d_x

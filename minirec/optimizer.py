@@ -1,8 +1,15 @@
 """Adam (Kingma and Ba 2015, algorithm 1), on flat vectors: all parameters at once.
 
-Symbols: P parameters in all, w one of them, g its gradient, t the step, lr the learning rate; m and v
-running means of g and g^2. These start at 0; dividing by 1 - b^t makes them true averages again. Each w moves
-by about lr whatever the scale of its g, and by less where g keeps changing its sign.
+Symbols: w a parameter, g its gradient, t the step, lr the learning rate; m and v running means of g and g^2.
+
+    m = b1 m + (1 - b1) g              v = b2 v + (1 - b2) g^2
+    w = w - lr (m / (1 - b1^t)) / (sqrt(v / (1 - b2^t)) + eps)
+
+Why the 1 - b^t: m starts at 0. Unrolled, m_t = (1 - b1) sum_{i=1..t} b1^(t-i) g_i. If the expectation of g is the
+same at all steps, E[m_t] = E[g] (1 - b1) sum_{i=1..t} b1^(t-i) = E[g] (1 - b1^t), a geometric sum: too small by
+1 - b1^t. Divided by it, m is an unbiased mean from the first step on, and v likewise.
+
+What it does: each w moves by about lr whatever the scale of its g, and by less where g keeps changing its sign.
 """
 
 import math
@@ -15,10 +22,7 @@ BETA_1, BETA_2, EPS = 0.9, 0.999, 1e-8
 def adam_step(parameters, gradient, first_moment, second_moment, step, learning_rate):
     """Update parameters and moments in place.
 
-    parameters, gradient, first_moment, second_moment: [P]; step counts from 1.
-
-        m = b1 m + (1 - b1) g              v = b2 v + (1 - b2) g^2
-        w = w - lr (m / (1 - b1^t)) / (sqrt(v / (1 - b2^t)) + eps)
+    parameters, gradient, first_moment (m), second_moment (v): arrays of one shape; step (t) counts from 1.
     """
     xp = get_array_module(parameters)
     first_moment += (1 - BETA_1) * (gradient - first_moment)

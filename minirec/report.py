@@ -32,11 +32,11 @@ from minirec.decompose import (
     decompose,
     head_norms,
     mixing_ratios,
-    pieces,
+    work_chunks,
 )
 from minirec.errors import UserError
 from minirec.evaluate import MISS, metrics, rank_targets, recommend
-from minirec.model import below
+from minirec.parameters import sub_dict
 from minirec.statistics import METRICS, MIXES_ABOVE, mean_g, published, regime
 from minirec.study import COMPARED, describe_mixing, verdict
 from minirec.train import best, finished
@@ -267,34 +267,33 @@ def explain(parameters, config, sequence, cases, run=map):
     lengths = np.minimum(cases.stops - cases.starts, config.max_length)
     starts = cases.stops - lengths
 
-    def explain_piece(piece):
-        batch, caches = block_caches(parameters, config, sequence, starts[piece], lengths[piece])
+    def explain_chunk(chunk):
+        batch, caches = block_caches(parameters, config, sequence, starts[chunk], lengths[chunk])
         ends = np.cumsum(batch.lengths) - 1
-        found = [[] for _ in piece]
+        found = [[] for _ in chunk]
         for i, cache in enumerate(caches):
-            p = below(parameters, f"blocks.{i}.")
-            ratios, own = mixing_ratios(cache, p, batch.groups)
+            p = sub_dict(parameters, f"blocks.{i}.")
+            ratios = mixing_ratios(cache, p, batch.buckets)
             number = 0
-            for place, group in enumerate(batch.groups):
-                a = cache["attention"][place][3]
-                heads = head_norms(cache, p, group, place)
-                a = np.broadcast_to(a, heads.shape)
-                together = contribution_norms(cache, p, own, group, place)
-                for g in range(group.count):
+            for bucket, attention in zip(batch.buckets, cache["attention"], strict=True):
+                last = (cache, p, bucket, attention, 1, bucket.length)  # the last query, over all keys
+                heads, together = head_norms(*last)[:, :, 0], contribution_norms(*last)[:, 0]
+                a = np.broadcast_to(attention.weights[..., -1, :], heads.shape)
+                for s in range(bucket.count):
                     found[batch.order[number]].append(
                         {
-                            "attention": [row(r) for r in a[g, :, -1]],
-                            "heads": [row(r) for r in heads[g, :, -1]],
-                            "contribution": row(together[g, -1]),
+                            "attention": [row(r) for r in a[s]],
+                            "heads": [row(r) for r in heads[s]],
+                            "contribution": row(together[s]),
                             "ratios": {name: rounded(float(r[ends[number]])) for name, r in ratios.items()},
                         }
                     )
                     number += 1
-        return piece, found
+        return chunk, found
 
     results = [None] * len(lengths)
-    for piece, found in run(explain_piece, pieces(lengths, np)):
-        for i, blocks in zip(piece, found, strict=True):
+    for chunk, found in run(explain_chunk, work_chunks(lengths, np)):
+        for i, blocks in zip(chunk, found, strict=True):
             results[i] = blocks
     return results
 

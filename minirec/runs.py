@@ -35,7 +35,7 @@ from minirec.files import (
     write_arrays,
 )
 from minirec.loss import LOSSES
-from minirec.model import Config, parameter_count, parameter_shapes
+from minirec.parameters import Config, parameter_count, parameter_shapes
 
 STATES = ("state.npz", "state.previous.npz")  # the newest first
 FILES = ("config.json", "items.json", "metrics.jsonl", "checkpoint.npz", *STATES)

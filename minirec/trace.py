@@ -20,7 +20,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from minirec import attention, decompose, gradcheck, loss, model, ops
+from minirec import attention, decompose, gradcheck, loss, model, ops, packing
+from minirec.parameters import sub_dict
 
 SEQUENCES = [np.array(s) for s in ([3, 1, 4, 1, 5], [2, 0, 3], [5, 2, 0, 4])]  # the first is printed
 LENGTH = len(SEQUENCES[0]) - 1  # L: inputs are s[:-1], targets s[1:]
@@ -53,7 +54,7 @@ class Walk(NamedTuple):
 
     config: model.Config
     parameters: dict
-    batch: model.Batch
+    batch: packing.Batch
     loss: float
     gradients: dict
     calls: dict  # {function: [Call, ...]}, in the order in which they returned
@@ -85,7 +86,7 @@ def record(config, parameters):
         value, gradients = model.loss_and_gradients(parameters, config, SEQUENCES)
     finally:
         sys.setprofile(before)
-    batch = model.pack_list(SEQUENCES, config, np, with_targets=True)
+    batch = packing.pack_list(SEQUENCES, config, np, with_targets=True)
     return Walk(config, parameters, batch, value, gradients, calls)
 
 
@@ -102,13 +103,13 @@ def own(x):
 
 def heads(walk, x):
     """Return the printed user's rows of packed x [N, D] as [H, L, K]."""
-    return attention.to_heads(x, walk.batch.groups[-1], walk.config.n_heads)[0]
+    return packing.to_heads(x, walk.batch.buckets[-1], walk.config.n_heads)[0]
 
 
 def weights(walk):
     """Return A of the printed user, [H, L, L]."""
     _, cache = walk.calls["attention"][0].out
-    return np.broadcast_to(cache[-1][3], (1, walk.config.n_heads, LENGTH, LENGTH))[0]
+    return np.broadcast_to(cache[-1].weights, (1, walk.config.n_heads, LENGTH, LENGTH))[0]
 
 
 def probabilities(walk):
@@ -157,7 +158,7 @@ def forward_steps(walk):
     says += f"V = 6 items;\ninputs s[:-1], targets s[1:], shortest first, no padding; below: the last {LENGTH} rows"
     users = np.repeat(batch.order, batch.lengths)
     arrays = {"user": users, "position": batch.positions, "item": batch.items, "target": batch.targets}
-    yield Step("the batch", "model.pack", says, arrays, rows=("",))
+    yield Step("the batch", "packing.pack", says, arrays, rows=("",))
     says = "z = E[item] sqrt(D) + P[position];  rows are positions i, here and below"
     arrays = {"E[item]": item, "P[position]": position, "z": own(norm_e.given["x"])}
     yield Step("forward 1. embed", "model.forward", says, arrays)
@@ -167,9 +168,7 @@ def forward_steps(walk):
     arrays = dict(zip("qkv" if learned else "v", (heads(walk, x) for x in qkv), strict=True))
     yield Step("block 1. query, key, value", "model.block", says, arrays)
     arrays = {"s": c["softmax"][-1].given["scores"][0]} if learned else {}
-    yield Step(
-        "block 2. A", "attention.attention_weights", LEARNED if learned else FIXED, arrays | {"A": weights(walk)}
-    )
+    yield Step("block 2. A", "attention.attention", LEARNED if learned else FIXED, arrays | {"A": weights(walk)})
     says = "mixed_h = A_h v_h for each head h;  o = [mixed_0 mixed_1] W_o + b_o"
     arrays = {"mixed": heads(walk, c["attention"][0].out[0]), "o": own(o), "z = x + o": own(norm_a.given["x"])}
     yield Step("block 2. mix positions, then heads", "attention.attention", says, arrays)
@@ -267,17 +266,17 @@ def substitution_step(walk):
     says += f"(of a trained model: `evaluate --attn`);  target {target};  loss: the mean over all N tokens"
     arrays = {"A": a, "mixed": mixed, "logits": logits, f"p[{target}], loss": judged}
     title = f"position {LENGTH - 1} with another A"
-    return Step(title, "attention.attention_weights", says, arrays, attention.known_weightings())
+    return Step(title, "attention.attention", says, arrays, attention.known_weightings())
 
 
 def decomposition_steps(walk):
     """Yield the Steps that take the last position's layer norm output apart, as in decompose.py."""
-    i, p, norm = LENGTH - 1, model.below(walk.parameters, "blocks.0."), walk.calls["layer_norm"][1]
+    i, p, norm = LENGTH - 1, sub_dict(walk.parameters, "blocks.0."), walk.calls["layer_norm"][1]
     history, start, length = SEQUENCES[0][:-1], np.array([0]), np.array([LENGTH])
     batch, (cache,) = decompose.block_caches(walk.parameters, walk.config, history, start, length)
     x, b_o, beta, zero = cache["x"], p["attention.b_o"], p["attention_norm.beta"], np.zeros(walk.config.hidden_size)
-    sigma = cache["attention_norm"][1][i]
-    g = lambda z: decompose.through_layer_norm(z, cache["attention_norm"]) / sigma
+    sigma = cache["attention_norm"].sigma[i]
+    g = lambda z: decompose.centred(z, p["attention_norm.gamma"]) / sigma
     v = heads(walk, walk.calls["linear"][-4].out[0])
     f = np.hstack(weights(walk)[:, i, :, None] * v) @ p["attention.w_o"]  # F_ij, a row for each j
     f_res = f + (np.arange(LENGTH) == i)[:, None] * x[i]
@@ -293,8 +292,8 @@ def decomposition_steps(walk):
     says += "the totals are o_i, z_i = x_i + o_i and y_i = LN(z_i), as printed in blocks 2 and 3 forwards"
     rows = (*(f"j = {j}" for j in range(LENGTH)), "sum", "b_o", "beta", "total")
     yield Step(f"position {i} taken apart", "decompose", says, arrays, rows)
-    ratios, _ = decompose.mixing_ratios(cache, p, batch.groups)
-    keep, mix = (part[i] for part in decompose.keep_and_mix(cache, p, batch.groups))
+    ratios = decompose.mixing_ratios(cache, p, batch.buckets)
+    keep, mix = (part[i] for part in decompose.keep_and_mix(cache, p, batch.buckets))
     same(mix, f[:i].sum(axis=0))
     keeps, mixes = np.stack([keep, keep + x[i], g(keep + x[i])]), np.stack([mix, mix, g(mix)])
     kept, mixed = decompose.norms(keeps), decompose.norms(mixes)

@@ -15,7 +15,7 @@ from minirec import backend, files, runs
 from minirec.data import Cases, batches, training_pairs, training_windows
 from minirec.errors import UserError
 from minirec.evaluate import metrics, rank_targets
-from minirec.model import init_parameters, parameter_count, views
+from minirec.parameters import init_parameters, parameter_count, unflatten
 from minirec.runs import SELECTED_BY
 from minirec.workers import Memory, Sampling, Team, worker_map
 
@@ -123,7 +123,7 @@ class Progress:
         self.team.ranks.add_up(losses)
         self.seconds += time.perf_counter() - began
         self.check_finite(losses)
-        parameters, ranks = views(self.team.parameters, self.config), self.team.ranks
+        parameters, ranks = unflatten(self.team.parameters, self.config), self.team.ranks
         share = Cases(*(column[ranks.rank :: ranks.size] for column in valid))
         with worker_map(self.training["workers"], self.team.xp) as run_map:
             own = list(rank_targets(parameters, self.config, sequence, share, run=run_map))
@@ -148,7 +148,8 @@ class Progress:
         check_finite(losses if finite else np.append(losses, np.nan), self.step - len(losses), self.training)
 
     def save_checkpoint(self):
-        files.write_arrays(self.folder / "checkpoint.npz", views(backend.to_host(self.team.parameters), self.config))
+        flat = backend.to_host(self.team.parameters)
+        files.write_arrays(self.folder / "checkpoint.npz", unflatten(flat, self.config))
 
     def save_state(self):
         arrays = {name: backend.to_host(getattr(self.team, name)) for name in Memory.NAMES}

@@ -31,11 +31,13 @@ from typing import NamedTuple
 import numpy as np
 from threadpoolctl import threadpool_limits
 
-from minirec.backend import generator, get_array_module, plan, to_device, to_host
+from minirec.backend import generator, get_array_module, to_device, to_host
 from minirec.data import unseen_negatives, windows_end_to_end
 from minirec.errors import UserError
-from minirec.model import add_gradients, pack, parameter_count, views
+from minirec.model import add_gradients
 from minirec.optimizer import adam_step
+from minirec.packing import micro_batches, pack, plan
+from minirec.parameters import parameter_count, unflatten
 
 UPDATE_SIZE = 1 << 16  # parameters that Adam updates at a time: they and their moments stay in cache
 NO_LANE = 1 << 16  # the negatives' stream, which no lane's dropout shares, and which every backend draws alike
@@ -103,24 +105,6 @@ def worker_map(n, xp):
             yield run
         finally:
             pool.shutdown(cancel_futures=True)
-
-
-def cut(lengths, lanes, micro_batch_tokens):
-    """Deal a batch to lanes.
-
-    lengths [B] of the sequences. They are sorted by length (equal lengths make dense groups for
-    attention) and cut into lanes * r micro-batches of about equal token counts; lane i gets every
-    lanes-th of them from the i-th on, so that each has long and short ones.
-    Returns, for each lane, a list of index arrays into `lengths`.
-    """
-    order = np.argsort(lengths, kind="stable")
-    ordered = lengths[order]
-    total = int(ordered.sum())
-    n = lanes * -(-total // (lanes * micro_batch_tokens))
-    middles = np.cumsum(ordered) - ordered / 2  # where the middle of each sequence falls, in tokens
-    piece = (middles * n / total).astype(int)
-    pieces = [order[piece == i] for i in range(n)]
-    return [[p for p in pieces[lane::lanes] if len(p)] for lane in range(lanes)]
 
 
 class Sampling(NamedTuple):
@@ -256,7 +240,7 @@ class Memory:
     NAMES = ("parameters", "first_moment", "second_moment")
 
     def __init__(self, config, xp, table_rows, ranks):
-        self.all_lanes, self.size = max(plan(xp).lanes, ranks.size), parameter_count(config)
+        self.all_lanes, self.size = max(plan(xp).gradient_buffers, ranks.size), parameter_count(config)
         self.own_lanes = range(ranks.rank, self.all_lanes, ranks.size)
         self.lanes = len(self.own_lanes)
         self.gradient_size = parameter_count(replace(config, n_items=table_rows))
@@ -283,17 +267,17 @@ class Worker:
         self.all_lanes, self.own_lanes = memory.all_lanes, memory.own_lanes
         self.config, self.sequence, self.sampling = config, sequence, sampling
         self.xp, self.rank, self.n = xp, rank, n
-        self.views = views(self.parameters, config)
+        self.views = unflatten(self.parameters, config)
         self.table = None  # the item rows that the latest step touched; None = all
 
     def compute_gradients(self, starts, lengths, key):
         """Fill this worker's lanes with the gradients of one batch; return their losses, one a lane.
 
-        starts, lengths [B] of the inputs in `sequence` (see model.pack); key: integers (seed, step)
+        starts, lengths [B] of the inputs in `sequence` (see packing.pack); key: integers (seed, step)
         that, with lane and micro-batch, seed the dropout.
         """
         scale = 1 / int(lengths.sum())
-        pieces = cut(lengths, self.all_lanes, plan(self.xp).micro_batch_tokens)
+        pieces = micro_batches(lengths, self.all_lanes, plan(self.xp).micro_batch_tokens)
         config, parameters, sequence, negatives = self.config, self.views, self.sequence, None
         loss = "ce"
         if self.sampling:
@@ -310,7 +294,7 @@ class Worker:
                 if loss == "sampled":
                     batch = batch._replace(negatives=to_device(negatives, self.xp))
                 rng = generator(self.xp, *key, lane, i)
-                total = total + add_gradients(parameters, config, batch, scale, views(gradient, config), rng, loss)
+                total = total + add_gradients(parameters, config, batch, scale, unflatten(gradient, config), rng, loss)
             losses.append(total)
         return losses
 

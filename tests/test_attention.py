@@ -1,4 +1,4 @@
-"""Attention against a naive loop, its gradient, and the rectangles that hold the packed rows."""
+"""Attention against a naive loop, its gradient, and the n_buckets that hold the packed rows."""
 
 import json
 import os
@@ -9,43 +9,12 @@ import numpy as np
 import pytest
 from conftest import ROOT, assert_gradient, numeric_gradient
 
-from minirec.attention import (
-    FIXED,
-    attention,
-    attention_backward,
-    fixed_part,
-    from_heads,
-    known_weightings,
-    make_groups,
-    to_heads,
-)
+from minirec.attention import FIXED, attention, attention_backward, fixed_weights, known_weightings
 from minirec.ops import dropout_mask
+from minirec.packing import make_buckets
 
 LENGTHS = np.array([1, 3, 3, 4, 6])
 N, D, H = LENGTHS.sum(), 6, 2
-
-
-def naive_attention(q, k, v, lengths, n_heads, weighting):
-    """One sequence, head, query and key at a time."""
-    out, start, size = np.zeros_like(v), 0, v.shape[1] // n_heads
-    for length in lengths:
-        for h in range(n_heads):
-            columns = slice(h * size, (h + 1) * size)
-            for i in range(length):
-                past = slice(start, start + i + 1)
-                if weighting == "softmax":
-                    scores = k[past, columns] @ q[start + i, columns] / np.sqrt(size)
-                    a = np.exp(scores) / np.exp(scores).sum()
-                elif weighting == "uniform":
-                    a = np.full(i + 1, 1 / (i + 1))
-                elif weighting == "recency":
-                    a = np.array([1 / (1 + i - j) for j in range(i + 1)])
-                    a /= a.sum()
-                else:
-                    a = np.eye(i + 1)[i]
-                out[start + i, columns] = a @ v[past, columns]
-        start += length
-    return out
 
 
 @pytest.fixture
@@ -53,26 +22,18 @@ def qkv(rng):
     return [rng.normal(size=(N, D)) for _ in range(3)]
 
 
-@pytest.mark.parametrize("rectangles", [None, 1, 2])
+@pytest.mark.parametrize("n_buckets", [None, 2])
 @pytest.mark.parametrize("weighting", known_weightings())
-def test_attention_equals_the_naive_loop(qkv, weighting, rectangles):
-    groups = make_groups(LENGTHS, rectangles, np)
-    out, _ = attention(*qkv, groups, H, weighting, 0, None)
-    np.testing.assert_allclose(out, naive_attention(*qkv, LENGTHS, H, weighting), atol=1e-12)
-
-
-@pytest.mark.parametrize("rectangles", [None, 2])
-@pytest.mark.parametrize("weighting", known_weightings())
-def test_attention_gradients_with_dropout(qkv, weighting, rectangles, rng):
-    groups = make_groups(LENGTHS, rectangles, np)
+def test_attention_gradients_with_dropout(qkv, weighting, n_buckets, rng):
+    buckets = make_buckets(LENGTHS, n_buckets, np)
     d_out = rng.normal(size=(N, D))
 
     def loss():
-        out, _ = attention(*qkv, groups, H, weighting, 0.3, np.random.default_rng(1))
+        out, _ = attention(*qkv, buckets, H, weighting, 0.3, np.random.default_rng(1))
         return (out * d_out).sum()
 
-    _, cache = attention(*qkv, groups, H, weighting, 0.3, np.random.default_rng(1))
-    gradients = attention_backward(d_out, cache, groups, weighting)
+    _, cache = attention(*qkv, buckets, H, weighting, 0.3, np.random.default_rng(1))
+    gradients = attention_backward(d_out, cache, buckets, weighting)
     for x, gradient in zip(qkv, gradients, strict=True):
         if gradient is None:
             assert weighting != "softmax" and np.abs(numeric_gradient(loss, x)).max() == 0
@@ -83,36 +44,20 @@ def test_attention_gradients_with_dropout(qkv, weighting, rectangles, rng):
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 @pytest.mark.parametrize("weighting", FIXED)
 def test_fixed_weights_are_causal_and_each_row_sums_to_one(weighting, dtype):
-    a = fixed_part(weighting, 50, np.empty(0, dtype))
+    a = fixed_weights(weighting, 50, np.empty(0, dtype))
     assert a.dtype == dtype and (a >= 0).all() and (np.triu(a, 1) == 0).all()
     np.testing.assert_allclose(a.sum(axis=1), 1, rtol=1e-6)
-    np.testing.assert_allclose(a[:7, :7], fixed_part(weighting, 7, a), rtol=1e-6)  # shorter sequences use the corner
+    np.testing.assert_allclose(a[:7, :7], fixed_weights(weighting, 7, a), rtol=1e-6)  # shorter sequences use the corner
 
 
 @pytest.mark.parametrize("weighting", known_weightings())
 def test_dropout_draws_do_not_depend_on_the_weighting(qkv, weighting):
-    groups = make_groups(LENGTHS, None, np)
+    buckets = make_buckets(LENGTHS, None, np)
     generator, expected = np.random.default_rng(3), np.random.default_rng(3)
-    attention(*qkv, groups, H, weighting, 0.3, generator)
-    for group in groups:
-        dropout_mask((group.count, H, group.length, group.length), 0.3, expected, qkv[0])
+    attention(*qkv, buckets, H, weighting, 0.3, generator)
+    for bucket in buckets:
+        dropout_mask((bucket.count, H, bucket.length, bucket.length), 0.3, expected, qkv[0])
     assert generator.random() == expected.random()
-
-
-def test_groups_without_padding_are_views(rng):
-    x = rng.normal(size=(N, D))
-    groups = make_groups(LENGTHS, None, np)
-    assert [(g.count, g.length) for g in groups] == [(1, 1), (2, 3), (1, 4), (1, 6)]
-    assert all(np.shares_memory(to_heads(x, group, H), x) for group in groups)
-
-
-@pytest.mark.parametrize("rectangles", [None, 1, 2, 9])
-def test_from_heads_undoes_to_heads(rng, rectangles):
-    x = rng.normal(size=(N, D))
-    out = np.zeros_like(x)
-    for group in make_groups(LENGTHS, rectangles, np):
-        from_heads(to_heads(x, group, H), group, out)
-    np.testing.assert_array_equal(out, x)
 
 
 REGISTERED_FROM_OUTSIDE = """

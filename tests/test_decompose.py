@@ -8,6 +8,7 @@ from minirec.attention import known_weightings
 from minirec.decompose import RATIOS, RECENT, block_caches, contributions, decompose, head_norms, summarise
 from minirec.errors import UserError
 from minirec.ops import LAYER_NORM_EPS
+from minirec.parameters import parameter_shapes, sub_dict
 
 
 def naive_block(x, a, p, n_heads):
@@ -48,10 +49,10 @@ def naive_model(config, parameters, sequence):
     sequence = sequence[-config.max_length :]
     batch, caches = block_caches(parameters, config, sequence, np.array([0]), np.array([len(sequence)]))
     for i, cache in enumerate(caches):
-        a = cache["attention"][0][3]
+        a = cache["attention"][0].weights
         a = np.broadcast_to(a, (1, config.n_heads) + a.shape[-2:])[0]
-        p = model.below(parameters, f"blocks.{i}.")
-        normed, _, gamma, _ = cache["attention_norm"]
+        p = sub_dict(parameters, f"blocks.{i}.")
+        normed, _, gamma = cache["attention_norm"]
         yield naive_block(cache["x"], a, p, config.n_heads), normed * gamma + p["attention_norm.beta"], a, p
 
 
@@ -91,7 +92,7 @@ def test_contribution_norms_equal_the_naive_ones(example):
 def test_contribution_norms_of_linearly_dependent_heads():
     config = model.Config(n_items=12, hidden_size=4, n_heads=4, max_length=7)  # centring leaves rank 3
     rng = np.random.default_rng(0)
-    parameters = {n: rng.normal(0, 0.5, s) for n, s in model.parameter_shapes(config).items()}
+    parameters = {n: rng.normal(0, 0.5, s) for n, s in parameter_shapes(config).items()}
     sequence = rng.integers(12, size=7)
     found = contributions(parameters, config, sequence)
     for norms, ((_, _, parts, _), *_) in zip(found, naive_model(config, parameters, sequence), strict=True):
@@ -103,8 +104,8 @@ def test_norms_of_a_single_head_equal_the_naive_ones(example):
     for sequence in (s[-config.max_length :] for s in sequences):
         batch, caches = block_caches(parameters, config, sequence, np.array([0]), np.array([len(sequence)]))
         for cache, (_, _, a, p) in zip(caches, naive_model(config, parameters, sequence), strict=True):
-            found = head_norms(cache, p, batch.groups[0], 0)[0]
-            sigma, gamma = cache["attention_norm"][1][:, :, None], p["attention_norm.gamma"]
+            found = head_norms(cache, p, batch.buckets[0], cache["attention"][0], len(sequence), len(sequence))[0]
+            sigma, gamma = cache["attention_norm"].sigma[:, :, None], p["attention_norm.gamma"]
             width = config.hidden_size // config.n_heads
             for h in range(config.n_heads):
                 own_rows = np.arange(config.hidden_size) // width == h  # of W_o: the other heads then give nothing

@@ -16,8 +16,21 @@ from conftest import ROOT
 import minirec
 
 PACKAGE = ROOT / "minirec"
-CORE = ("backend", "ops", "attention", "loss", "model", "optimizer")
-CORE_LINES = 600
+CORE = (
+    "plain",
+    "errors",
+    "backend",
+    "ops",
+    "packing",
+    "attention",
+    "loss",
+    "parameters",
+    "model",
+    "optimizer",
+    "decompose",
+)
+CORE_LINES = 850  # of code, all files together
+CORE_FILE_LINES = 260  # of one file, derivations included
 HEAVY = ("cupy", "mpi4py", "matplotlib", "scipy", "torch")
 OURS = ("minirec", "cli", "tests", "conftest")
 
@@ -47,6 +60,8 @@ def against_the_order(module, source):
     """Of the names that a module imports, ours that are not read before it; a cycle needs at least one."""
     order = reading_order()
     before = order[: order.index(module)] if module in order else []
+    if module == "plain":  # its main() trains on a dataset, which nothing that imports plain needs
+        source = source.split("\ndef main():")[0]
     for name in imports(source):
         ours, _, rest = name.partition(".")
         if ours in OURS and not (ours == "minirec" and rest.split(".")[0] in before):
@@ -117,6 +132,8 @@ def test_the_core_stays_under_its_limit():
     sizes = {module: code_lines(PACKAGE / f"{module}.py") for module in CORE}
     print(sizes, sum(sizes.values()))
     assert sum(sizes.values()) < CORE_LINES
+    for module in CORE:
+        assert len((PACKAGE / f"{module}.py").read_text().splitlines()) <= CORE_FILE_LINES, module
 
 
 def readme_blocks(language):

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from conftest import assert_gradient, numeric_gradient
 
-from minirec import backend
+from minirec import packing
 from minirec.loss import binary_cross_entropy, cross_entropy, sampled_cross_entropy
 
 
@@ -20,7 +20,7 @@ def example(rng):
 
 @pytest.mark.parametrize("loss_bytes", [1, 4 << 20])  # chunks of 16 rows, of all rows
 def test_value_and_gradients(example, loss_bytes, monkeypatch):
-    monkeypatch.setattr(backend, "CPU_PLAN", backend.CPU_PLAN._replace(loss_bytes=loss_bytes))
+    monkeypatch.setattr(packing, "CPU_PLAN", packing.CPU_PLAN._replace(loss_bytes=loss_bytes))
     x, items, targets, scale = example
     d_items = np.zeros_like(items)
     loss, d_x = cross_entropy(x, items, targets, scale, d_items)

@@ -113,7 +113,7 @@ def test_weights_and_norms_are_those_of_the_decomposition(trained, found):
         _, caches = decompose.block_caches(parameters, config, history, np.array([0]), np.array([len(history)]))
         for shown, block, cache, norms in zip(position["blocks"], result["blocks"], caches, together, strict=True):
             np.testing.assert_allclose(decode(shown["contribution"]), norms[-1], atol=1e-3)
-            a = cache["attention"][0][3][0, :, -1]  # [H, L]
+            a = cache["attention"][0].weights[0, :, -1]  # [H, L]
             for h in range(config.n_heads):
                 weights = decode(shown["attention"][h])
                 assert weights.sum() == pytest.approx(1, abs=5e-3) and len(weights) == len(history)

@@ -7,26 +7,15 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
-from minirec import backend, data, model, workers
+from minirec import backend, data, model, packing, workers
 from minirec.errors import UserError
 from minirec.optimizer import adam_step
-from minirec.workers import AHEAD, NO_LANE, Sampling, Team, cut, worker_map
+from minirec.packing import pack
+from minirec.parameters import parameter_count, unflatten
+from minirec.workers import AHEAD, NO_LANE, Sampling, Team, worker_map
 
 CONFIG = model.Config(n_items=30, hidden_size=8, max_length=10, dropout=0.5)
-
-
-@given(st.lists(st.integers(1, 200), min_size=1, max_size=300), st.integers(1, 6))
-@settings(deadline=None)
-def test_cut_deals_every_sequence_once_and_evenly(lengths, lanes):
-    lengths = np.array(lengths)
-    pieces = cut(lengths, lanes, 1000)
-    assert len(pieces) == lanes
-    dealt = [piece for lane in pieces for piece in lane]
-    assert sorted(np.concatenate(dealt)) == list(range(len(lengths)))
-    assert max(lengths[piece].sum() for piece in dealt) <= 1000 + 2 * lengths.max()
 
 
 def take_steps(n_workers):
@@ -43,7 +32,7 @@ def take_steps(n_workers):
 
 
 def test_any_number_of_workers_gives_the_same_bits(monkeypatch):
-    monkeypatch.setattr(backend, "CPU_PLAN", backend.CPU_PLAN._replace(micro_batch_tokens=20))
+    monkeypatch.setattr(packing, "CPU_PLAN", packing.CPU_PLAN._replace(micro_batch_tokens=20))
     losses, parameters = take_steps(1)
     for n in (2, 3, 4, 9):
         other_losses, other_parameters = take_steps(n)
@@ -148,15 +137,15 @@ def test_the_small_table_gives_the_gradients_of_the_full_one(loss):
         table, small = team.lead.table, team.gradients.sum(axis=0)
         negatives = sampling.draw(backend.generator(np, 7, 1, NO_LANE), 500, starts, lengths)
         flat, begins = data.windows_end_to_end(sequence, starts, lengths)
-        batch = model.pack(flat, begins, lengths, negatives=negatives if loss == "bce" else None)
+        batch = pack(flat, begins, lengths, negatives=negatives if loss == "bce" else None)
         if loss == "sampled":
             batch = batch._replace(negatives=negatives)
-        gradients = model.views(np.zeros_like(team.parameters), config)
-        parameters = model.views(team.parameters, config)
+        gradients = unflatten(np.zeros_like(team.parameters), config)
+        parameters = unflatten(team.parameters, config)
         expected = model.add_gradients(parameters, config, batch, 1 / lengths.sum(), gradients, loss=loss)
     assert value == pytest.approx(float(expected), rel=1e-6)
     compact = replace(config, n_items=len(table))
-    found = model.views(small[: model.parameter_count(compact)], compact)
+    found = unflatten(small[: parameter_count(compact)], compact)
     np.testing.assert_allclose(found["item_embedding"], gradients["item_embedding"][table], atol=1e-6)
     assert np.delete(gradients["item_embedding"], table, axis=0).any() == 0
     for name in set(gradients) - {"item_embedding"}:

@@ -36,10 +36,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from training import BATCH_SIZE, LEARNING_RATE, SEED, WATCHED, Contender, Problem, aligned, say, synthetic_log
 
-from minirec.backend import plan
 from minirec.data import leave_one_out, training_windows
 from minirec.evaluate import chunks
-from minirec.model import INIT_STD, Config, views
+from minirec.packing import plan
+from minirec.parameters import INIT_STD, Config, unflatten
 from minirec.workers import Sampling, Team, usable_cores
 
 NEGATIVES = 1024  # K of the sampled loss
@@ -91,7 +91,7 @@ def batch_axis():
 
 
 def workers_axis():
-    useful = min(usable_cores(), plan(np).lanes)  # a worker owns whole lanes: more of them would be idle
+    useful = min(usable_cores(), plan(np).gradient_buffers)  # a worker owns whole lanes: more of them would be idle
     for sizes in (SHORT, LONG):
         for n in range(1, useful + 1):
             yield Setting(n, workers=n, **sizes)
@@ -149,7 +149,7 @@ def initialise(team, config):
     and count as the step's memory. The moments are written too, as by a run, so that their pages exist.
     """
     rng = np.random.default_rng(SEED)
-    for name, value in views(team.parameters, config).items():
+    for name, value in unflatten(team.parameters, config).items():
         if value.ndim == 2:
             for rows in chunks(len(value), ROWS):
                 value[rows] = rng.normal(0, INIT_STD, value[rows].shape)

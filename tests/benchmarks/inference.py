@@ -49,10 +49,10 @@ from training import (
 
 from minirec.attention import known_weightings
 from minirec.data import leave_one_out, read_log
-from minirec.decompose import RATIOS, block_caches, contribution_norms, mixing_ratios, pieces
+from minirec.decompose import RATIOS, RECENT, block_caches, contribution_norms, mixing_ratios, work_chunks
 from minirec.errors import UserError
 from minirec.evaluate import CASES_AT_A_TIME, chunks, last_representations, metrics, rank_targets, recommend
-from minirec.model import Config, below, init_parameters
+from minirec.parameters import Config, init_parameters, sub_dict
 from minirec.workers import usable_cores, worker_map
 
 N_ITEMS = 12_101  # of Beauty (Amazon, 5-core)
@@ -98,28 +98,29 @@ def example(length):
 def decompose_minirec(length):
     """Yield decompose(run) -> results of minirec for an example, its caches filled already.
 
-    As minirec.decompose does, it takes one piece of work at a time. Results are a list with, for each
-    piece and block, ({ratio: [N]}, [contribution norms [g, L, L], a group each]).
+    As minirec.decompose does, it takes one chunk of work at a time. Results are a list with, for each
+    chunk and block, ({ratio: [N]}, [contribution norms [B, RECENT, RECENT], a bucket each]).
     """
     e = example(length)
-    p = [below(e.parameters, f"blocks.{i}.") for i in range(e.config.n_blocks)]
+    p = [sub_dict(e.parameters, f"blocks.{i}.") for i in range(e.config.n_blocks)]
     caches = [
-        block_caches(e.parameters, e.config, e.sequence, e.starts[piece], e.lengths[piece])
-        for piece in pieces(e.lengths, np)
+        block_caches(e.parameters, e.config, e.sequence, e.starts[chunk], e.lengths[chunk])
+        for chunk in work_chunks(e.lengths, np)
     ]
 
-    def of_piece(piece):
-        batch, caches = piece
+    def of_chunk(chunk):
+        batch, caches = chunk
         found = []
         for parameters, cache in zip(p, caches, strict=True):
-            ratios, own = mixing_ratios(cache, parameters, batch.groups)
+            ratios = mixing_ratios(cache, parameters, batch.buckets)
             norms = [
-                contribution_norms(cache, parameters, own, group, place) for place, group in enumerate(batch.groups)
+                contribution_norms(cache, parameters, bucket, attention, RECENT, RECENT)
+                for bucket, attention in zip(batch.buckets, cache["attention"], strict=True)
             ]
             found.append((ratios, norms))
         return found
 
-    return lambda run: list(run(of_piece, caches))
+    return lambda run: list(run(of_chunk, caches))
 
 
 class TorchCache(NamedTuple):
@@ -139,19 +140,18 @@ def torch_caches(length):
 
     e = example(length)
     batch, caches = block_caches(e.parameters, e.config, e.sequence, e.starts, e.lengths)
-    assert len(batch.groups) == 1 and (batch.order == np.arange(SEQUENCES)).all()
+    assert len(batch.buckets) == 1 and (batch.order == np.arange(SEQUENCES)).all()
     h, d = e.config.n_heads, e.config.hidden_size
     found = []
     for i, cache in enumerate(caches):
-        _, _, v, a, _, _ = cache["attention"][0]
-        _, sigma, gamma, _ = cache["attention_norm"]
+        attention, norm = cache["attention"][0], cache["attention_norm"]
         arrays = (
             cache["x"].reshape(SEQUENCES, length, d),
-            a,
-            v,
+            attention.weights,
+            attention.v,
             e.parameters[f"blocks.{i}.attention.w_o"].reshape(h, -1, d),
-            sigma.reshape(SEQUENCES, length, 1),
-            gamma,
+            norm.sigma.reshape(SEQUENCES, length, 1),
+            norm.gamma,
         )
         found.append(TorchCache(*(torch.from_numpy(np.ascontiguousarray(x)) for x in arrays)))
     return found
@@ -160,7 +160,7 @@ def torch_caches(length):
 def decompose_as_defined(c, _):
     """The decomposition of one block by its definition, a line for each of its formulas.
 
-    c: TorchCache. Returns {ratio: [B, L]} and contribution norms [B, L, L].
+    c: TorchCache. Returns {ratio: [B, L]} and contribution norms [B, RECENT, RECENT], of the last positions.
     """
     import torch
 
@@ -173,16 +173,15 @@ def decompose_as_defined(c, _):
         keep = parts.diagonal(dim1=1, dim2=2).mT
         mix = torch.linalg.vector_norm(parts.sum(dim=2) - keep, dim=-1)
         ratios[name] = mix / (mix + torch.linalg.vector_norm(keep, dim=-1))
-    return ratios, torch.linalg.vector_norm(attn_res_ln, dim=-1)
+    return ratios, torch.linalg.vector_norm(attn_res_ln[:, -RECENT:, -RECENT:], dim=-1)
 
 
 def decompose_in_place(c, at_a_time):
     """The same with one array F [b, L, L, D] for b sequences at a time, which all steps overwrite."""
     import torch
 
-    length = c.x.shape[1]
     ratios = {name: torch.empty(c.x.shape[:2]) for name in RATIOS}
-    norms = torch.empty(len(c.x), length, length)
+    norms = torch.empty(len(c.x), RECENT, RECENT)
 
     def ratio(keep, mix):
         """[b, L, D] each -> [b, L]"""
@@ -206,7 +205,7 @@ def decompose_in_place(c, at_a_time):
         parts -= parts.mean(dim=-1, keepdim=True)
         parts *= (c.gamma / c.sigma[rows])[:, :, None]  # g_i(F_ij + delta_ij x_i)
         ratios["attn_res_ln"][rows] = ratio(*totals(parts))
-        norms[rows] = torch.linalg.vector_norm(parts, dim=-1)
+        norms[rows] = torch.linalg.vector_norm(parts[:, -RECENT:, -RECENT:], dim=-1)
     return ratios, norms
 
 

@@ -1,0 +1,257 @@
+"""The whole model in one file: one sequence, one block, one head at a time. Read this first.
+
+SASRec (Kang and McAuley 2018) reads a user's items, oldest first, and predicts at each position the item that comes
+next. Everything is here: forward, loss, backward, Adam, a training loop, an evaluation. The other files compute the
+same, faster, and derive the formulas that are only stated here. The tests hold them equal to this one.
+
+Symbols: L positions of one sequence, D hidden size, H heads, K = D/H, V items; LN layer norm; i a position that looks
+back, j <= i one that is looked at. An array's shape stands beside it. d_y is the gradient dLoss/dy, of y's shape.
+
+    x      = LN(E[item] sqrt(D) + P[position])              E [V, D] items, P [L, D] positions
+    block: A_h = softmax over j <= i of q_i . k_j / sqrt(K)   q, k, v = x W + b; head h has K columns of each
+           o   = concat_h(A_h v_h) W_o + b_o                the only step at which positions meet
+           y   = LN(x + o)
+           x   = LN(y + relu(y W_1 + b_1) W_2 + b_2)
+    logits = x E^T                                          loss = -log softmax(logits)[next item]
+
+The study puts a fixed matrix in the place of A (`attention_weights`) and leaves everything else as it is.
+
+    python -m minirec.plain         trains learned and uniform attention on a small dataset, on one core
+"""
+
+import time
+
+import numpy as np
+
+# Parameters are {name: array}, and gradients have the same names. They are those of the fast model: names, shapes,
+# initial values. So the parameters of one can be given to the other.
+
+
+def init_parameters(n_items, d=64, n_blocks=2, max_length=50, seed=0):
+    """Return {name: array}: gamma 1, biases and beta 0, W_q, W_k, W_v Xavier-uniform, all else N(0, 0.02)."""
+    rng, bound = np.random.default_rng(seed), np.sqrt(6 / (4 * d))
+    p = {
+        "item_embedding": rng.normal(0, 0.02, (n_items, d)),
+        "position_embedding": rng.normal(0, 0.02, (max_length, d)),
+    }
+    p |= {"embedding_norm.gamma": np.ones(d), "embedding_norm.beta": np.zeros(d)}
+    for b in (f"blocks.{i}." for i in range(n_blocks)):
+        p |= {f"{b}attention.w_{n}": rng.uniform(-bound, bound, (d, d)) for n in "qkv"}
+        p |= {f"{b}attention.w_o": rng.normal(0, 0.02, (d, d))}
+        p |= {f"{b}attention.b_{n}": np.zeros(d) for n in "qkvo"}
+        p |= {f"{b}attention_norm.gamma": np.ones(d), f"{b}attention_norm.beta": np.zeros(d)}
+        for n in "12":
+            p |= {f"{b}ffn.w_{n}": rng.normal(0, 0.02, (d, d)), f"{b}ffn.b_{n}": np.zeros(d)}
+        p |= {f"{b}ffn_norm.gamma": np.ones(d), f"{b}ffn_norm.beta": np.zeros(d)}
+    return p
+
+
+def layer_norm(x, p, name):
+    """Give each row mean 0 and deviation 1, then a learned scale and shift: x [L, D] -> out [L, D] and a cache."""
+    centred = x - x.mean(axis=1, keepdims=True)  # [L, D]
+    sigma = np.sqrt((centred**2).mean(axis=1, keepdims=True) + 1e-8)  # [L, 1]
+    normed = centred / sigma  # [L, D]
+    return normed * p[f"{name}.gamma"] + p[f"{name}.beta"], (normed, sigma)
+
+
+def layer_norm_backward(d_out, cache, p, g, name):
+    """Return d_x [L, D]; add to the gradients g of gamma and beta. Derived in ops.py."""
+    normed, sigma = cache
+    g[f"{name}.gamma"] += (d_out * normed).sum(axis=0)
+    g[f"{name}.beta"] += d_out.sum(axis=0)
+    e = d_out * p[f"{name}.gamma"]  # [L, D]
+    return (e - e.mean(axis=1, keepdims=True) - normed * (e * normed).mean(axis=1, keepdims=True)) / sigma
+
+
+def linear(x, p, w, b):
+    """y = x W + b: x [L, D] -> y [L, D]; w, b: the names of W [D, D] and b [D]."""
+    return x @ p[w] + p[b]
+
+
+def linear_backward(d_y, x, p, g, w, b):
+    """Return d_x = d_y W^T; add d_W = x^T d_y, and d_b = the sum of d_y's rows, to the gradients g."""
+    g[w] += x.T @ d_y
+    g[b] += d_y.sum(axis=0)
+    return d_y @ p[w].T
+
+
+def attention_weights(attn, q, k):
+    """Return A [L, L] of one head: how much position i takes from j <= i. Each row sums to 1. q, k [L, K]."""
+    length, width = q.shape
+    i, j = np.arange(length)[:, None], np.arange(length)[None, :]
+    if attn == "softmax":
+        scores = np.where(j <= i, q @ k.T / np.sqrt(width), -np.inf)  # [L, L]
+        a = np.exp(scores - scores.max(axis=1, keepdims=True))  # the maximum cancels; exp cannot overflow
+    else:
+        a = np.where(j <= i, {"uniform": 1.0, "identity": i == j, "recency": 1 / (1 + abs(i - j))}[attn], 0.0)
+    return a / a.sum(axis=1, keepdims=True)
+
+
+def attention_backward(attn, d_o, q, k, v, a, mask):
+    """Return d_q, d_k, d_v [L, K] of o = (A mask) v. Derived in attention.py."""
+    d_v = (a * mask).T @ d_o
+    if attn != "softmax":
+        return np.zeros_like(q), np.zeros_like(k), d_v  # A is fixed: nothing goes back through it
+    d_a = (d_o @ v.T) * mask  # [L, L]
+    d_scores = a * (d_a - (d_a * a).sum(axis=1, keepdims=True)) / np.sqrt(q.shape[1])
+    return d_scores @ k, d_scores.T @ q, d_v
+
+
+def block(x, p, b, n_heads, attn, masks):
+    """One transformer block: x [L, D] -> out [L, D] and a cache; b: how its parameters' names begin: "blocks.0."."""
+    q, k, v = (linear(x, p, f"{b}attention.w_{n}", f"{b}attention.b_{n}") for n in "qkv")  # [L, D] each
+    mixed, a = np.zeros_like(x), []
+    for h, c in enumerate(np.split(np.arange(x.shape[1]), n_heads)):  # c: the K columns of head h
+        a.append(attention_weights(attn, q[:, c], k[:, c]))  # [L, L]
+        mixed[:, c] = (a[h] * masks.get(f"{b}attention.{h}", 1)) @ v[:, c]  # [L, K]
+    o = linear(mixed, p, f"{b}attention.w_o", f"{b}attention.b_o") * masks.get(f"{b}o", 1)  # [L, D]
+    y, norm_y = layer_norm(x + o, p, f"{b}attention_norm")
+    u = linear(y, p, f"{b}ffn.w_1", f"{b}ffn.b_1") * masks.get(f"{b}ffn_1", 1)  # [L, D]
+    f = linear(np.maximum(u, 0), p, f"{b}ffn.w_2", f"{b}ffn.b_2") * masks.get(f"{b}ffn_2", 1)  # [L, D]
+    out, norm_out = layer_norm(y + f, p, f"{b}ffn_norm")
+    cache = {"x": x, "q": q, "k": k, "v": v, "a": a, "mixed": mixed, "y": y, "u": u}
+    return out, cache | {"norm_y": norm_y, "norm_out": norm_out}
+
+
+def block_backward(d_out, cache, p, g, b, n_heads, attn, masks):
+    """Return d_x [L, D]: the lines of `block` from the last to the first.
+
+    A sum passes its gradient on to both summands. What is used twice gets the sum of what comes back.
+    """
+    x, q, k, v, y, u = (cache[name] for name in ("x", "q", "k", "v", "y", "u"))
+    d_y = layer_norm_backward(d_out, cache["norm_out"], p, g, f"{b}ffn_norm")  # of y + f
+    d_f = d_y * masks.get(f"{b}ffn_2", 1)
+    d_u = linear_backward(d_f, np.maximum(u, 0), p, g, f"{b}ffn.w_2", f"{b}ffn.b_2") * (u > 0)
+    d_u = d_u * masks.get(f"{b}ffn_1", 1)
+    d_y = d_y + linear_backward(d_u, y, p, g, f"{b}ffn.w_1", f"{b}ffn.b_1")
+    d_x = layer_norm_backward(d_y, cache["norm_y"], p, g, f"{b}attention_norm")  # of x + o
+    d_o = d_x * masks.get(f"{b}o", 1)
+    d_mixed = linear_backward(d_o, cache["mixed"], p, g, f"{b}attention.w_o", f"{b}attention.b_o")
+    d_q, d_k, d_v = np.zeros_like(q), np.zeros_like(k), np.zeros_like(v)
+    for h, c in enumerate(np.split(np.arange(x.shape[1]), n_heads)):
+        given = d_mixed[:, c], q[:, c], k[:, c], v[:, c], cache["a"][h], masks.get(f"{b}attention.{h}", 1)
+        d_q[:, c], d_k[:, c], d_v[:, c] = attention_backward(attn, *given)
+    for d, n in ((d_q, "q"), (d_k, "k"), (d_v, "v")):
+        d_x = d_x + linear_backward(d, x, p, g, f"{b}attention.w_{n}", f"{b}attention.b_{n}")
+    return d_x
+
+
+# The whole model, on one sequence
+
+
+def forward(items, p, n_heads, attn, masks=None):
+    """Represent every position of one sequence: items [L] -> x [L, D], and the caches of embedding norm and blocks.
+
+    attn: the weighting of each block. masks: {name: array} of dropout, 0 where an entry is dropped
+    and 1/(1 - rate) where it is kept; what has no mask is kept.
+    """
+    masks, blocks, d = masks or {}, [], p["item_embedding"].shape[1]
+    x = p["item_embedding"][items] * np.sqrt(d) + p["position_embedding"][: len(items)]  # [L, D]
+    x, norm = layer_norm(x * masks.get("embedding", 1), p, "embedding_norm")
+    for i, weighting in enumerate(attn):
+        x, cache = block(x, p, f"blocks.{i}.", n_heads, weighting, masks)
+        blocks.append(cache)
+    return x, {"norm": norm, "blocks": blocks}
+
+
+def backward(d_x, items, cache, p, g, n_heads, attn, masks):
+    """Add the gradients of all parameters to g, with d_x [L, D]: forward's lines from the last to the first."""
+    for i, weighting in reversed(list(enumerate(attn))):
+        d_x = block_backward(d_x, cache["blocks"][i], p, g, f"blocks.{i}.", n_heads, weighting, masks)
+    d_x = layer_norm_backward(d_x, cache["norm"], p, g, "embedding_norm") * masks.get("embedding", 1)
+    g["position_embedding"][: len(items)] += d_x
+    np.add.at(g["item_embedding"], items, d_x * np.sqrt(d_x.shape[1]))  # an item can occur twice
+
+
+def loss_and_gradients(sequences, p, n_heads, attn, masks=None):
+    """Return the mean of -log p(next item) over all positions of all sequences, and {name: gradient}.
+
+    sequences: a list of [n] items, oldest first; inputs are s[:-1], targets s[1:], the last ones that fit. masks: one
+    dict a sequence (see forward).
+    """
+    items_table, longest = p["item_embedding"], len(p["position_embedding"])
+    sequences = [s[-longest - 1 :] for s in sequences]
+    n_positions = sum(len(s) - 1 for s in sequences)
+    loss, g = 0.0, {name: np.zeros_like(value) for name, value in p.items()}
+    for s, mask in zip(sequences, masks or [{}] * len(sequences), strict=True):
+        items, targets = s[:-1], s[1:]
+        x, cache = forward(items, p, n_heads, attn, mask)
+        logits = x @ items_table.T  # [L, V]
+        e = np.exp(logits - logits.max(axis=1, keepdims=True))
+        probabilities = e / e.sum(axis=1, keepdims=True)  # [L, V]
+        row = np.arange(len(items))
+        loss -= np.log(probabilities[row, targets]).sum() / n_positions
+        d_logits = probabilities  # dloss/dlogits = p - onehot(target); derived in loss.py
+        d_logits[row, targets] -= 1
+        d_logits /= n_positions
+        g["item_embedding"] += d_logits.T @ x  # E as output; as input: in backward
+        backward(d_logits @ items_table, items, cache, p, g, n_heads, attn, mask)
+    return loss, g
+
+
+# Training
+
+
+def draw_masks(length, d, n_heads, n_blocks, rate, rng):
+    """Return the dropout masks of one sequence, as forward takes them."""
+    shapes = {"embedding": (length, d)}
+    for i in range(n_blocks):
+        shapes |= {f"blocks.{i}.{n}": (length, d) for n in ("o", "ffn_1", "ffn_2")}
+        shapes |= {f"blocks.{i}.attention.{h}": (length, length) for h in range(n_heads)}
+    return {name: (rng.random(shape) >= rate) / (1 - rate) for name, shape in shapes.items()}
+
+
+def adam_step(p, g, m, v, step, lr=1e-3):
+    """Move every parameter against its gradient, by about lr (Kingma and Ba 2015). Derived in optimizer.py."""
+    for name in p:
+        m[name] += (1 - 0.9) * (g[name] - m[name])
+        v[name] += (1 - 0.999) * (g[name] ** 2 - v[name])
+        p[name] -= lr * (m[name] / (1 - 0.9**step)) / (np.sqrt(v[name] / (1 - 0.999**step)) + 1e-8)
+
+
+def train(sequences, p, n_heads, attn, epochs=15, batch_size=32, rate=0.2, lr=3e-3, seed=0):
+    """Train p in place, with dropout of this rate; print a line an epoch."""
+    m, v = ({name: np.zeros_like(value) for name, value in p.items()} for _ in range(2))
+    d = p["item_embedding"].shape[1]
+    rng, step, began = np.random.default_rng(seed), 0, time.perf_counter()
+    for epoch in range(1, epochs + 1):
+        losses = []
+        for batch in np.array_split(rng.permutation(len(sequences)), -(-len(sequences) // batch_size)):
+            step, chosen = step + 1, [sequences[n] for n in batch]
+            masks = [draw_masks(len(s) - 1, d, n_heads, len(attn), rate, rng) for s in chosen]
+            loss, g = loss_and_gradients(chosen, p, n_heads, attn, masks)
+            adam_step(p, g, m, v, step, lr)
+            losses.append(loss)
+        print(f"epoch {epoch} of {epochs}: loss {np.mean(losses):.3f}, {time.perf_counter() - began:.0f} s")
+
+
+def hit_rate(sequences, p, n_heads, attn, k=10):
+    """Return HR@k: how often the last item of a sequence is among the k that the model ranks highest.
+
+    All items are ranked but those that the user had before; who ties with the target stands before it.
+    """
+    hits = 0
+    for s in sequences:
+        history, target = s[:-1], s[-1]
+        x, _ = forward(history[-len(p["position_embedding"]) :], p, n_heads, attn)
+        scores = p["item_embedding"] @ x[-1]  # [V]
+        scores[history] = -np.inf
+        hits += np.isfinite(scores[target]) and (scores >= scores[target]).sum() <= k
+    return hits / len(sequences)
+
+
+def main():
+    """Train learned and uniform attention on a dataset in which the next item follows from the item two back."""
+    from minirec.planted import household
+
+    log = household()
+    histories = [log.history(user) for user in range(len(log.users))]
+    for attn in ("softmax", "uniform"):
+        print(f"{attn} attention")
+        p, shape = init_parameters(len(log.items)), {"n_heads": 2, "attn": (attn, attn)}
+        train([h[:-2] for h in histories], p, **shape)  # the last two items are for validation and test
+        print(f"test HR@10 {hit_rate(histories, p, **shape):.3f}\n")
+
+
+if __name__ == "__main__":
+    main()
