@@ -144,7 +144,7 @@ def attention_backward(d_out, caches, buckets, weighting):
         if learned:
             d_scores = d_o @ v.swapaxes(2, 3)  # d_A', [B, H, L, L]
             d_scores *= weights_dropped
-            d_scores -= weights * (d_o * out).sum(axis=-1, keepdims=True)  # d_s
+            d_scores -= weights * row_sum(d_o * out)  # d_s
             from_heads(d_scores @ k * k.shape[-1] ** -0.5, bucket, d_q)
             from_heads(d_scores.swapaxes(2, 3) @ q, bucket, d_k)  # q holds the 1/sqrt(K) already
     return d_q, d_k, d_v
