@@ -2,12 +2,16 @@
 
     dL/dw  ~  (L(w + h) - L(w - h)) / 2h,   error O(h^2), h = 1e-5
 
-All parameters are random (std 0.1), sequences ragged, dropout on: its masks are drawn again from
-the same seed at every evaluation, so the loss is one smooth function of the parameters.
+First every operation alone, then every parameter of the whole model, both in the order of the backward pass: a wrong
+gradient spoils all that come after it there, so the first one that is off is the one to look at.
+
+All arrays are random, sequences ragged, dropout on: its masks are drawn again from the same seed at every evaluation,
+so the loss is one smooth function of the arrays.
 """
 
 import numpy as np
 
+from minirec import attention, loss, ops, packing
 from minirec.backend import generator, to_device, to_host
 from minirec.model import Config, init_parameters, loss_and_gradients
 
@@ -17,8 +21,101 @@ STD = 0.1
 LENGTHS = (7, 2, 4, 4, 5, 9)
 
 
+def central_differences(loss, value):
+    """Return dL/dvalue, a host array of value's shape; loss() reads value, whose entries are moved and put back."""
+    numeric = np.zeros(value.shape)
+    for i in np.ndindex(value.shape):
+        centre = float(value[i])
+        value[i] = centre + STEP
+        above = loss()
+        value[i] = centre - STEP
+        under = loss()
+        value[i] = centre
+        numeric[i] = (above - under) / (2 * STEP)
+    return numeric
+
+
+def relative_error(gradient, numeric):
+    """Return max |difference| / max |gradient|."""
+    return np.abs(to_host(gradient) - numeric).max() / np.abs(numeric).max()
+
+
+# Every operation alone
+
+
+def operations(weighting, xp=np):
+    """Yield each operation of the model in the order of the backward pass, on a small random example.
+
+    Yields (name, loss, {"d_x": (x, d_x), ...}): loss() is a float that depends on the arrays x, ..., and the operation
+    says that its gradients are d_x, .... For an operation with an output, loss() = sum(out * d_out), d_out random.
+    """
+    rng = np.random.default_rng(0)
+
+    def draw(*shape):
+        return to_device(rng.normal(size=shape), xp)
+
+    def dropout_rng():
+        return generator(xp, 1)
+
+    lengths = np.sort(LENGTHS)
+    n, d, n_items, n_heads = int(lengths.sum()), 6, 9, 2
+    x, d_out, gamma, beta, w, b = draw(n, d), draw(n, d), draw(d), draw(d), draw(d, d), draw(d)
+    index = to_device(rng.integers(n_items, size=n), xp)
+
+    def zeros(*arrays):
+        return [xp.zeros_like(array) for array in arrays]
+
+    def total(forward):
+        return lambda: float((forward()[0] * d_out).sum())
+
+    table = draw(n_items, d)
+    (d_table,) = zeros(table)
+    _, d_x = loss.cross_entropy(x, table, index, 1 / n, d_table)
+    value = lambda: float(loss.cross_entropy(x, table, index, 1 / n, *zeros(table))[0])
+    yield "cross_entropy", value, {"d_x": (x, d_x), "d_items": (table, d_table)}
+
+    _, cache = ops.layer_norm(x, gamma, beta)
+    d_gamma, d_beta = zeros(gamma, beta)
+    d_x = ops.layer_norm_backward(d_out, cache, d_gamma, d_beta)
+    gradients = {"d_x": (x, d_x), "d_gamma": (gamma, d_gamma), "d_beta": (beta, d_beta)}
+    yield "layer_norm_backward", total(lambda: ops.layer_norm(x, gamma, beta)), gradients
+
+    _, mask = ops.dropout(x, 0.3, dropout_rng())
+    d_x = ops.dropout_backward(d_out, mask)
+    yield "dropout_backward", total(lambda: ops.dropout(x, 0.3, dropout_rng())), {"d_x": (x, d_x)}
+
+    _, cache = ops.linear(x, w, b)
+    d_w, d_b = zeros(w, b)
+    d_x = ops.linear_backward(d_out, cache, d_w, d_b)
+    yield "linear_backward", total(lambda: ops.linear(x, w, b)), {"d_x": (x, d_x), "d_w": (w, d_w), "d_b": (b, d_b)}
+
+    _, out = ops.relu(x)
+    yield "relu_backward", total(lambda: ops.relu(x)), {"d_x": (x, ops.relu_backward(d_out, out))}
+
+    q, k, v = draw(n, d), draw(n, d), draw(n, d)
+    buckets = packing.make_buckets(lengths, 2, xp)  # padded ones
+    mix = lambda: attention.attention(q, k, v, buckets, n_heads, weighting, 0.3, dropout_rng())
+    d_qkv = attention.attention_backward(d_out, mix()[1], buckets, weighting)
+    gradients = {f"d_{name}": (x, d_x) for name, x, d_x in zip("qkv", (q, k, v), d_qkv, strict=True) if d_x is not None}
+    yield f"attention_backward, {weighting}", total(mix), gradients
+
+    (d_table,) = zeros(table)
+    ops.embedding_backward(d_out, index, d_table)
+    yield "embedding_backward", total(lambda: ops.embedding(table, index)), {"d_table": (table, d_table)}
+
+
+def check_operations(weighting, xp=np):
+    """Check every operation alone on array module xp: yield (operation, gradient's name, relative error)."""
+    for operation, value, gradients in operations(weighting, xp):
+        for name, (array, gradient) in gradients.items():
+            yield operation, name, relative_error(gradient, central_differences(value, array))
+
+
+# The whole model
+
+
 def example(attn, dropout=0.3, seed=0):
-    """Return a small config, random float64 parameters and ragged sequences to check on."""
+    """Return a small config, random float64 parameters (std 0.1) and ragged sequences to check on."""
     config = Config(n_items=12, hidden_size=8, n_heads=2, max_length=7, dropout=dropout, attn=attn)
     rng = np.random.default_rng(seed)
     parameters = init_parameters(config, seed, np.float64)
@@ -40,37 +137,42 @@ def identically_zero(config, name):
     return rest[-1] in unused
 
 
-def central_differences(loss, value):
-    """Return dL/dvalue, a host array of value's shape; loss() reads value, whose entries are moved and put back."""
-    numeric = np.zeros(value.shape)
-    for i in np.ndindex(value.shape):
-        centre = float(value[i])
-        value[i] = centre + STEP
-        above = loss()
-        value[i] = centre - STEP
-        under = loss()
-        value[i] = centre
-        numeric[i] = (above - under) / (2 * STEP)
-    return numeric
-
-
 def check(attn, xp=np, only=None):
     """Check all parameters, or those named in `only`, under one weighting, on array module xp.
 
-    Yields (name, error, relative): max |difference| / max |gradient|, or, where the gradient is
-    identically zero (relative False), the largest absolute value that either method gives.
+    Yields (name, error, relative), the last parameter first, as in the backward pass: max |difference| / max
+    |gradient|, or, where the gradient is identically zero (relative False), the largest absolute value that either
+    method gives.
     """
     config, parameters, sequences = example(attn)
     parameters = {name: to_device(value, xp) for name, value in parameters.items()}
 
-    def loss():
+    def value():
         return loss_and_gradients(parameters, config, sequences, generator(xp, 1))
 
-    _, gradients = loss()
-    for name in only or parameters:
-        gradient = to_host(gradients[name])
-        numeric = central_differences(lambda: loss()[0], parameters[name])
+    _, gradients = value()
+    for name in only or reversed(parameters):
+        numeric = central_differences(lambda: value()[0], parameters[name])
         if identically_zero(config, name):
-            yield name, max(np.abs(gradient).max(), np.abs(numeric).max()), False
+            yield name, max(np.abs(to_host(gradients[name])).max(), np.abs(numeric).max()), False
         else:
-            yield name, np.abs(gradient - numeric).max() / np.abs(numeric).max(), True
+            yield name, relative_error(gradients[name], numeric), True
+
+
+def first_fault(operation_errors, parameter_errors):
+    """Return one line on the first gradient that is off, in the order of the backward pass; None where none is.
+
+    operation_errors: what check_operations yields; parameter_errors: of several weightings, (name, error).
+    """
+    for operation, gradient, error in operation_errors:
+        if not error < TOLERANCE:
+            return (
+                f"{operation}: {gradient} off by {error:.2g}; everything before it in the backward pass inherits that"
+            )
+    for name, error in parameter_errors:
+        if not error < TOLERANCE:
+            return (
+                f"{name}: off by {error:.2g}, though every operation is right alone; look at how the backward of its "
+                "block connects them. Everything before it in the backward pass inherits that"
+            )
+    return None

@@ -167,7 +167,10 @@ def test_a_description_fits_a_screen_and_names_the_next_command(tmp_path):
 def test_gradcheck_prints_every_tensor(tmp_path):
     process = run_cli("gradcheck", "--attn", "softmax", cwd=tmp_path)
     assert process.returncode == 0 and "all below 1e-06" in process.stdout
-    assert "blocks.1.attention.w_q" in process.stdout and "position_embedding" in process.stdout
+    first = [line.strip().split("  ")[0] for line in process.stdout.splitlines()]
+    assert first.index("cross_entropy") < first.index("attention_backward, softmax") < first.index("block 1")
+    assert first.index("block 1") < first.index("block 0") < first.index("item_embedding")
+    assert first.count("attention.w_q") == 2 and "position_embedding" in first
 
 
 def start_training(folder, *arguments):

@@ -18,7 +18,7 @@ def test_gradients_of_every_named_tensor(attn):
         assert error < gradcheck.TOLERANCE, name
         seen.append(name)
     config, _, _ = gradcheck.example(attn)
-    assert seen == list(parameter_shapes(config))
+    assert seen == list(reversed(parameter_shapes(config)))
 
 
 @pytest.mark.parametrize("attn", known_weightings())
