@@ -35,14 +35,14 @@ def init_parameters(n_items, d=64, n_blocks=2, max_length=50, seed=0):
         "position_embedding": rng.normal(0, 0.02, (max_length, d)),
     }
     p |= {"embedding_norm.gamma": np.ones(d), "embedding_norm.beta": np.zeros(d)}
-    for b in (f"blocks.{i}." for i in range(n_blocks)):
-        p |= {f"{b}attention.w_{n}": rng.uniform(-bound, bound, (d, d)) for n in "qkv"}
-        p |= {f"{b}attention.w_o": rng.normal(0, 0.02, (d, d))}
-        p |= {f"{b}attention.b_{n}": np.zeros(d) for n in "qkvo"}
-        p |= {f"{b}attention_norm.gamma": np.ones(d), f"{b}attention_norm.beta": np.zeros(d)}
+    for name in (f"blocks.{i}" for i in range(n_blocks)):
+        p |= {f"{name}.attention.w_{n}": rng.uniform(-bound, bound, (d, d)) for n in "qkv"}
+        p |= {f"{name}.attention.w_o": rng.normal(0, 0.02, (d, d))}
+        p |= {f"{name}.attention.b_{n}": np.zeros(d) for n in "qkvo"}
+        p |= {f"{name}.attention_norm.gamma": np.ones(d), f"{name}.attention_norm.beta": np.zeros(d)}
         for n in "12":
-            p |= {f"{b}ffn.w_{n}": rng.normal(0, 0.02, (d, d)), f"{b}ffn.b_{n}": np.zeros(d)}
-        p |= {f"{b}ffn_norm.gamma": np.ones(d), f"{b}ffn_norm.beta": np.zeros(d)}
+            p |= {f"{name}.ffn.w_{n}": rng.normal(0, 0.02, (d, d)), f"{name}.ffn.b_{n}": np.zeros(d)}
+        p |= {f"{name}.ffn_norm.gamma": np.ones(d), f"{name}.ffn_norm.beta": np.zeros(d)}
     return p
 
 
@@ -63,16 +63,16 @@ def layer_norm_backward(d_out, cache, p, g, name):
     return (e - e.mean(axis=1, keepdims=True) - normed * (e * normed).mean(axis=1, keepdims=True)) / sigma
 
 
-def linear(x, p, w, b):
-    """y = x W + b: x [L, D] -> y [L, D]; w, b: the names of W [D, D] and b [D]."""
-    return x @ p[w] + p[b]
+def linear(x, p, name, n):
+    """y = x W_n + b_n: x [L, D] -> y [L, D]. W_n [D, D] and b_n [D] are called name.w_n and name.b_n in p."""
+    return x @ p[f"{name}.w_{n}"] + p[f"{name}.b_{n}"]
 
 
-def linear_backward(d_y, x, p, g, w, b):
-    """Return d_x = d_y W^T; add d_W = x^T d_y, and d_b = the sum of d_y's rows, to the gradients g."""
-    g[w] += x.T @ d_y
-    g[b] += d_y.sum(axis=0)
-    return d_y @ p[w].T
+def linear_backward(d_y, x, p, g, name, n):
+    """Return d_x = d_y W_n^T; add x^T d_y to the gradient of W_n, and the sum of d_y's rows to that of b_n."""
+    g[f"{name}.w_{n}"] += x.T @ d_y
+    g[f"{name}.b_{n}"] += d_y.sum(axis=0)
+    return d_y @ p[f"{name}.w_{n}"].T
 
 
 def attention_weights(attn, q, k):
@@ -93,46 +93,47 @@ def attention_backward(attn, d_o, q, k, v, a, mask):
     if attn != "softmax":
         return np.zeros_like(q), np.zeros_like(k), d_v  # A is fixed: nothing goes back through it
     d_a = (d_o @ v.T) * mask  # [L, L]
-    d_scores = a * (d_a - (d_a * a).sum(axis=1, keepdims=True)) / np.sqrt(q.shape[1])
-    return d_scores @ k, d_scores.T @ q, d_v
+    d_scores = a * (d_a - (d_a * a).sum(axis=1, keepdims=True))  # [L, L]
+    d_products = d_scores / np.sqrt(q.shape[1])  # of q k^T
+    return d_products @ k, d_products.T @ q, d_v
 
 
-def block(x, p, b, n_heads, attn, masks):
-    """One transformer block: x [L, D] -> out [L, D] and a cache; b: how its parameters' names begin: "blocks.0."."""
-    q, k, v = (linear(x, p, f"{b}attention.w_{n}", f"{b}attention.b_{n}") for n in "qkv")  # [L, D] each
+def block(x, p, name, n_heads, attn, masks):
+    """One transformer block: x [L, D] -> out [L, D] and a cache. name: "blocks.0", with which its parameters begin."""
+    q, k, v = (linear(x, p, f"{name}.attention", n) for n in "qkv")  # [L, D] each
     mixed, a = np.zeros_like(x), []
     for h, c in enumerate(np.split(np.arange(x.shape[1]), n_heads)):  # c: the K columns of head h
         a.append(attention_weights(attn, q[:, c], k[:, c]))  # [L, L]
-        mixed[:, c] = (a[h] * masks.get(f"{b}attention.{h}", 1)) @ v[:, c]  # [L, K]
-    o = linear(mixed, p, f"{b}attention.w_o", f"{b}attention.b_o") * masks.get(f"{b}o", 1)  # [L, D]
-    y, norm_y = layer_norm(x + o, p, f"{b}attention_norm")
-    u = linear(y, p, f"{b}ffn.w_1", f"{b}ffn.b_1") * masks.get(f"{b}ffn_1", 1)  # [L, D]
-    f = linear(np.maximum(u, 0), p, f"{b}ffn.w_2", f"{b}ffn.b_2") * masks.get(f"{b}ffn_2", 1)  # [L, D]
-    out, norm_out = layer_norm(y + f, p, f"{b}ffn_norm")
+        mixed[:, c] = (a[h] * masks.get(f"{name}.attention.{h}", 1)) @ v[:, c]  # [L, K]
+    o = linear(mixed, p, f"{name}.attention", "o") * masks.get(f"{name}.o", 1)  # [L, D]
+    y, norm_y = layer_norm(x + o, p, f"{name}.attention_norm")
+    u = linear(y, p, f"{name}.ffn", "1") * masks.get(f"{name}.ffn_1", 1)  # [L, D]
+    f = linear(np.maximum(u, 0), p, f"{name}.ffn", "2") * masks.get(f"{name}.ffn_2", 1)  # [L, D]
+    out, norm_out = layer_norm(y + f, p, f"{name}.ffn_norm")
     cache = {"x": x, "q": q, "k": k, "v": v, "a": a, "mixed": mixed, "y": y, "u": u}
     return out, cache | {"norm_y": norm_y, "norm_out": norm_out}
 
 
-def block_backward(d_out, cache, p, g, b, n_heads, attn, masks):
+def block_backward(d_out, cache, p, g, name, n_heads, attn, masks):
     """Return d_x [L, D]: the lines of `block` from the last to the first.
 
     A sum passes its gradient on to both summands. What is used twice gets the sum of what comes back.
     """
-    x, q, k, v, y, u = (cache[name] for name in ("x", "q", "k", "v", "y", "u"))
-    d_y = layer_norm_backward(d_out, cache["norm_out"], p, g, f"{b}ffn_norm")  # of y + f
-    d_f = d_y * masks.get(f"{b}ffn_2", 1)
-    d_u = linear_backward(d_f, np.maximum(u, 0), p, g, f"{b}ffn.w_2", f"{b}ffn.b_2") * (u > 0)
-    d_u = d_u * masks.get(f"{b}ffn_1", 1)
-    d_y = d_y + linear_backward(d_u, y, p, g, f"{b}ffn.w_1", f"{b}ffn.b_1")
-    d_x = layer_norm_backward(d_y, cache["norm_y"], p, g, f"{b}attention_norm")  # of x + o
-    d_o = d_x * masks.get(f"{b}o", 1)
-    d_mixed = linear_backward(d_o, cache["mixed"], p, g, f"{b}attention.w_o", f"{b}attention.b_o")
+    x, q, k, v, y, u = (cache[key] for key in ("x", "q", "k", "v", "y", "u"))
+    d_y = layer_norm_backward(d_out, cache["norm_out"], p, g, f"{name}.ffn_norm")  # of y + f
+    d_f = d_y * masks.get(f"{name}.ffn_2", 1)
+    d_u = linear_backward(d_f, np.maximum(u, 0), p, g, f"{name}.ffn", "2") * (u > 0)
+    d_u = d_u * masks.get(f"{name}.ffn_1", 1)
+    d_y = d_y + linear_backward(d_u, y, p, g, f"{name}.ffn", "1")
+    d_x = layer_norm_backward(d_y, cache["norm_y"], p, g, f"{name}.attention_norm")  # of x + o
+    d_o = d_x * masks.get(f"{name}.o", 1)
+    d_mixed = linear_backward(d_o, cache["mixed"], p, g, f"{name}.attention", "o")
     d_q, d_k, d_v = np.zeros_like(q), np.zeros_like(k), np.zeros_like(v)
     for h, c in enumerate(np.split(np.arange(x.shape[1]), n_heads)):
-        given = d_mixed[:, c], q[:, c], k[:, c], v[:, c], cache["a"][h], masks.get(f"{b}attention.{h}", 1)
+        given = d_mixed[:, c], q[:, c], k[:, c], v[:, c], cache["a"][h], masks.get(f"{name}.attention.{h}", 1)
         d_q[:, c], d_k[:, c], d_v[:, c] = attention_backward(attn, *given)
     for d, n in ((d_q, "q"), (d_k, "k"), (d_v, "v")):
-        d_x = d_x + linear_backward(d, x, p, g, f"{b}attention.w_{n}", f"{b}attention.b_{n}")
+        d_x = d_x + linear_backward(d, x, p, g, f"{name}.attention", n)
     return d_x
 
 
@@ -149,7 +150,7 @@ def forward(items, p, n_heads, attn, masks=None):
     x = p["item_embedding"][items] * np.sqrt(d) + p["position_embedding"][: len(items)]  # [L, D]
     x, norm = layer_norm(x * masks.get("embedding", 1), p, "embedding_norm")
     for i, weighting in enumerate(attn):
-        x, cache = block(x, p, f"blocks.{i}.", n_heads, weighting, masks)
+        x, cache = block(x, p, f"blocks.{i}", n_heads, weighting, masks)
         blocks.append(cache)
     return x, {"norm": norm, "blocks": blocks}
 
@@ -157,14 +158,14 @@ def forward(items, p, n_heads, attn, masks=None):
 def backward(d_x, items, cache, p, g, n_heads, attn, masks):
     """Add the gradients of all parameters to g, with d_x [L, D]: forward's lines from the last to the first."""
     for i, weighting in reversed(list(enumerate(attn))):
-        d_x = block_backward(d_x, cache["blocks"][i], p, g, f"blocks.{i}.", n_heads, weighting, masks)
+        d_x = block_backward(d_x, cache["blocks"][i], p, g, f"blocks.{i}", n_heads, weighting, masks)
     d_x = layer_norm_backward(d_x, cache["norm"], p, g, "embedding_norm") * masks.get("embedding", 1)
     g["position_embedding"][: len(items)] += d_x
     np.add.at(g["item_embedding"], items, d_x * np.sqrt(d_x.shape[1]))  # an item can occur twice
 
 
 def loss_and_gradients(sequences, p, n_heads, attn, masks=None):
-    """Return the mean of -log p(next item) over all positions of all sequences, and {name: gradient}.
+    """Return the mean of -log(probability of the next item) over all positions of all sequences, and {name: gradient}.
 
     sequences: a list of [n] items, oldest first; inputs are s[:-1], targets s[1:], the last ones that fit. masks: one
     dict a sequence (see forward).
@@ -181,7 +182,7 @@ def loss_and_gradients(sequences, p, n_heads, attn, masks=None):
         probabilities = e / e.sum(axis=1, keepdims=True)  # [L, V]
         row = np.arange(len(items))
         loss -= np.log(probabilities[row, targets]).sum() / n_positions
-        d_logits = probabilities  # dloss/dlogits = p - onehot(target); derived in loss.py
+        d_logits = probabilities  # dloss/dlogits = probabilities - onehot(target), derived in loss.py
         d_logits[row, targets] -= 1
         d_logits /= n_positions
         g["item_embedding"] += d_logits.T @ x  # E as output; as input: in backward
