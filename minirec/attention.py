@@ -1,20 +1,20 @@
 """Causal multi-head attention and its backward. The weights A are the one thing that the study changes.
 
 Symbols: B sequences of a bucket, all of L positions; N tokens, D hidden size, H heads, K = D/H; i a position that
-looks (query), j one that is looked at (key). d_A stands for dLoss/dA, and so on.
+looks (query), j one that is looked at (key). d_A stands for dLoss/dA, and so on. A * M is elementwise, A v a product.
 
 Position i asks with its query q_i, position j answers with its key k_j. The better the two match, the more of the
-value v_j goes into o_i. All three are linear in the block's input (model.py). Only j <= i counts: position i is to
+value v_j goes to position i. All three are linear in the block's input (model.py). Only j <= i counts: position i is to
 predict item i + 1 and must not see it. Each head does this on K columns of its own.
 
-    s_ij = q_i . k_j / sqrt(K)                            how well j's key answers i's query
-    A_ij = exp(s_ij) / sum_{l <= i} exp(s_il)             softmax: positive, each row sums to 1
-    o_i  = sum_j A_ij M_ij v_j                            M: the dropout mask
+    s_ij    = q_i . k_j / sqrt(K)                         how well j's key answers i's query
+    A_ij    = exp(s_ij) / sum_{l <= i} exp(s_il)          softmax: positive, each row sums to 1; 0 for j > i
+    mixed_i = sum_j A_ij M_ij v_j                         M: the dropout mask
 
 Why 1/sqrt(K): let the entries of q and k be independent, with mean 0 and variance 1. A product of two of them then
 has variance 1, and the sum of K such products has variance K. Divided by sqrt(K), s has variance 1 whatever K is.
-Without it, scores would grow with K, softmax would put nearly all weight on one position, and its gradient, which
-holds the factor A_ij (1 - A_ij), would vanish.
+Without it, scores would grow like sqrt(K), and softmax would put nearly all weight on one position. Its derivatives,
+A_j (delta_jl - A_l) below, would then be near 0, and nothing would be learned.
 
 The fixed weightings put a constant matrix in the place of the softmax. Queries and keys then reach no output, so
 the gradients of W_q, b_q, W_k and b_k are 0, and Adam, whose step is 0 where every gradient was 0, never moves them.
@@ -27,7 +27,8 @@ from minirec.ops import dropout_mask
 from minirec.packing import from_heads, to_heads
 
 # The fixed weightings: what A_ij is proportional to, with i the query's position and j <= i the key's. Each row is then
-# divided by its sum. Whatever lists the weightings takes them from here: a new one is one more line.
+# divided by its sum. Every list of weightings comes from here, so a new one is one more line. (plain.py, which stands
+# alone, repeats these three.)
 FIXED = {
     "uniform": lambda i, j: 1,  # A_ij = 1/(i + 1): a plain average of the past
     "identity": lambda i, j: i == j,  # A_ii = 1: no mixing
@@ -43,7 +44,7 @@ def known_weightings():
 def fixed_weights(weighting, length, like):
     """Return A of a weighting of FIXED, [L, L]: the same for all sequences and heads.
 
-    Its upper left corner serves shorter sequences. `like` gives array module and dtype.
+    Its upper left corner serves shorter sequences. `like`: an array of the library and dtype that A is to have.
     """
     xp = get_array_module(like)
     position = xp.arange(length, dtype=like.dtype)
@@ -79,15 +80,15 @@ class AttentionCache(NamedTuple):
     v: object  # [B, H, L, K]
     weights: object  # A: [B, H, L, L] of softmax, [L, L] of a fixed weighting
     weights_dropped: object  # A * M, [B, H, L, L]; A itself without dropout
-    out: object  # [B, H, L, K]
+    mixed: object  # [B, H, L, K]
 
 
 def attention(q, k, v, buckets, n_heads, weighting, dropout, rng):
-    """Mix the values of each sequence's past: o_i = sum_j A_ij M_ij v_j.
+    """Mix the values of each sequence's past: mixed_i = sum_j A_ij M_ij v_j.
 
     q, k, v [N, D] packed (q and k None where the weighting is fixed); buckets: of packing.make_buckets; weighting:
     "softmax" or one of FIXED; dropout: its rate on A; rng None = no dropout.
-    Returns out [N, D] and a list of one AttentionCache a bucket.
+    Returns mixed [N, D], all heads side by side, and a list of one AttentionCache a bucket.
     """
     longest = max(bucket.length for bucket in buckets)
     constant = causal_mask(longest, v) if weighting == "softmax" else fixed_weights(weighting, longest, v)
@@ -103,48 +104,51 @@ def attention(q, k, v, buckets, n_heads, weighting, dropout, rng):
         else:
             weights = corner  # A, [L, L]
         mask = dropout_mask(v_heads.shape[:3] + (bucket.length,), dropout, rng, v)
-        weights_dropped = weights if mask is None else weights * mask  # [B, H, L, L]
-        out_heads = weights_dropped @ v_heads  # o, [B, H, L, K]
-        from_heads(out_heads, bucket, out)
-        caches.append(AttentionCache(q_heads, k_heads, v_heads, weights, weights_dropped, out_heads))
+        weights_dropped = weights if mask is None else weights * mask  # [B, H, L, L], or A's shape without a mask
+        mixed = weights_dropped @ v_heads  # [B, H, L, K]
+        from_heads(mixed, bucket, out)
+        caches.append(AttentionCache(q_heads, k_heads, v_heads, weights, weights_dropped, mixed))
     return out, caches
 
 
-def attention_backward(d_out, caches, buckets, weighting):
-    """Return d_q, d_k, d_v [N, D], with d_out [N, D]; d_q and d_k are None where the weighting is fixed.
+def attention_backward(d_mixed, caches, buckets, weighting):
+    """Return d_q, d_k, d_v [N, D], with d_mixed [N, D]; d_q and d_k are None where the weighting is fixed.
 
-    One sequence, one head; every array is [L, K] or [L, L], products of equal shapes are elementwise.
+    One sequence, one head: q, k, v, mixed and their gradients are [L, K], A, M, s and theirs [L, L], r is [L].
 
-    1. Without dropout. o = A v is linear in A and in v (ops.linear_backward):
-           d_A = d_o v^T        d_v = A^T d_o
-       Softmax of one row: A_j = exp(s_j) / S, S = sum_l exp(s_l). By the quotient rule
+    1. Without dropout. mixed = A v is linear in A and in v (ops.linear_backward):
+           d_A = d_mixed v^T        d_v = A^T d_mixed
+       One row of the softmax, S = sum_l exp(s_l): A_j = exp(s_j) / S. By the quotient rule
            dA_j/ds_l = delta_jl exp(s_j) / S - exp(s_j) exp(s_l) / S^2 = A_j (delta_jl - A_l)
            d_s_l = sum_j d_A_j dA_j/ds_l = A_l (d_A_l - r),        r = sum_j d_A_j A_j, one number a row
+       This is 0 for l > i, where A_l is 0: the backward needs no mask of the future.
        s = q k^T / sqrt(K) is a product again:
            d_q = d_s k / sqrt(K)        d_k = d_s^T q / sqrt(K)
 
-    2. With dropout. o = (A M) v; write A' = A M. Then v meets A', and A is reached through the mask:
-           d_v = A'^T d_o        d_A' = d_o v^T        d_A = d_A' M
+    2. With dropout. mixed = A' v with A' = A * M. Then v meets A', and A is reached through the mask:
+           d_v = A'^T d_mixed        d_A' = d_mixed v^T        d_A = d_A' * M
        and d_s, r, d_q, d_k are as in 1.
 
-    3. Without keeping M, nor a sum over L (Dao et al. 2022, FlashAttention). A d_A = A M d_A' = A' d_A', so
-           r = sum_j A'_j d_A'_j = sum_j A'_j (d_o . v_j) = d_o . sum_j A'_j v_j = d_o . o
-           d_s = A d_A - A r = A' d_A' - A (d_o . o)
+    3. As the code has it (Dao et al. 2022, FlashAttention). A * d_A = A * M * d_A' = A' * d_A', so M is not needed, and
+           r = sum_j A'_j d_A'_j = sum_j A'_j (d_mixed . v_j) = d_mixed . sum_j A'_j v_j = d_mixed . mixed
+       row by row: a sum over K numbers instead of L. With each row of A multiplied by its own r,
+           d_s = A * d_A - A r = A' * d_A' - A (d_mixed . mixed)
 
     A row of d_s sums to 0, because sum_l A_l = 1. What adds the same to all scores of a row changes no weight.
     b_k does just that (q_i . b_k is the same for all j), so its gradient is 0.
     """
     learned = weighting == "softmax"
-    empty_like = get_array_module(d_out).empty_like
-    d_q, d_k, d_v = empty_like(d_out) if learned else None, empty_like(d_out) if learned else None, empty_like(d_out)
+    empty_like = get_array_module(d_mixed).empty_like
+    d_q, d_k = (empty_like(d_mixed), empty_like(d_mixed)) if learned else (None, None)
+    d_v = empty_like(d_mixed)
     for bucket, cache in zip(buckets, caches, strict=True):
-        q, k, v, weights, weights_dropped, out = cache
-        d_o = to_heads(d_out, bucket, v.shape[1])  # [B, H, L, K]
-        from_heads(weights_dropped.swapaxes(-1, -2) @ d_o, bucket, d_v)
+        q, k, v, weights, weights_dropped, mixed = cache
+        d_heads = to_heads(d_mixed, bucket, v.shape[1])  # [B, H, L, K]
+        from_heads(weights_dropped.swapaxes(-1, -2) @ d_heads, bucket, d_v)
         if learned:
-            d_scores = d_o @ v.swapaxes(2, 3)  # d_A', [B, H, L, L]
+            d_scores = d_heads @ v.swapaxes(2, 3)  # d_A', [B, H, L, L]
             d_scores *= weights_dropped
-            d_scores -= weights * row_sum(d_o * out)  # d_s
+            d_scores -= weights * row_sum(d_heads * mixed)  # d_s
             from_heads(d_scores @ k * k.shape[-1] ** -0.5, bucket, d_q)
             from_heads(d_scores.swapaxes(2, 3) @ q, bucket, d_k)  # q holds the 1/sqrt(K) already
     return d_q, d_k, d_v

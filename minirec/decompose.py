@@ -1,6 +1,6 @@
 """How much does attention mix positions? The norm-based decomposition, from the forward caches.
 
-Symbols: N tokens, D hidden size, H heads, K = D/H, L positions, B sequences of a bucket; n recent positions.
+Symbols: N tokens, D hidden size, H heads, K = D/H, L positions, B sequences of a bucket; the last m queries, n keys.
 
 What block input x_j contributes to the attention output at i (Kobayashi et al. 2020, 2021):
 
@@ -17,8 +17,9 @@ W_v,h [D, K] being head h's columns of W_v, and W_o,h [K, D] its rows of W_o. At
 with g_i(z) = (z - mean z) / sigma_i * gamma, sigma_i that of the real layer norm's row x_i + o_i. Once sigma_i is
 known, g_i is linear too, so
     sum_j g_i(F_ij + delta_ij x_i) + g_i(b_o) + beta = the layer norm's output, exactly.
-The mixing ratio is r_i = |mixes| / (|mixes| + |keeps|): vectors are summed first, norms are taken last. It needs
-only the total and the diagonal, O(N D). The pairwise |F_ij| of a heatmap need F itself, on a small square of positions.
+b_o and beta belong to no position: they are in neither part. The mixing ratio is r_i = |mixes| / (|mixes| + |keeps|):
+vectors are summed first, norms are taken last. It needs only the total and the diagonal, arrays [N, D]. A heatmap of
+|g_i(F_ij + delta_ij x_i)| needs F itself, so it is made for the last few positions only.
 """
 
 import numpy as np
@@ -32,7 +33,7 @@ from minirec.parameters import sub_dict
 RATIOS = ("attn", "attn_res", "attn_res_ln")
 HEATMAPS = ("attention", "contribution")
 RECENT = 15  # positions in a heatmap
-MICRO_BATCHES = 2  # at a time: without a loss and a backward, larger chunks keep threads busier
+CHUNK = 2  # a chunk of work is so many micro-batches large: without a backward, larger ones keep threads busier
 TINY = 1e-30  # keeps 0/0 at 0
 
 
@@ -50,7 +51,7 @@ def keep_and_mix(cache, p, buckets):
     """Return F_ii and sum_{j != i} F_ij of one block, both [N, D].
 
     cache: the block's forward cache; p: its parameters, named without "blocks.I."; buckets: of the batch.
-    The difference is taken before W_o, head by head, so position 0, which sees only itself, mixes exactly 0.
+    The difference is taken before W_o, so position 0, which sees only itself, mixes exactly 0.
     """
     xp = get_array_module(cache["x"])
     total = cache["o"].x  # concat_h A_h v_h, [N, D]
@@ -92,50 +93,50 @@ def entropies(cache, buckets):
     return out
 
 
-def corner(cache, p, bucket, attention, queries, n):
-    """Look at the last queries i and the last n keys j: return A [B, H, queries, n], f_h(x_j) [B, H, n, D] and
-    sigma_i [B, queries, 1]. cache, p: as in keep_and_mix; bucket: a dense one; attention: its AttentionCache."""
+def corner(cache, p, bucket, attention, m, n):
+    """Return A [B, H, m, n], f_h(x_j) [B, H, n, D] and sigma_i [B, m, 1] of the last m queries i and n keys j.
+
+    cache, p: as in keep_and_mix; bucket: a dense one; attention: its AttentionCache.
+    """
     xp = get_array_module(cache["x"])
     v = attention.v[:, :, -n:]  # [B, H, n, K]
     w_o = p["attention.w_o"].reshape(v.shape[1], v.shape[3], -1)  # [H, K, D]
     sigma = cache["attention_norm"].sigma[bucket.start : bucket.stop].reshape(bucket.count, bucket.length, 1)
-    a = xp.broadcast_to(attention.weights[..., -queries:, -n:], (*v.shape[:2], queries, n))
-    return a, v @ w_o, sigma[:, -queries:]
+    a = xp.broadcast_to(attention.weights[..., -m:, -n:], (*v.shape[:2], m, n))
+    return a, v @ w_o, sigma[:, -m:]
 
 
-def contribution_norms(cache, p, bucket, attention, queries, n):
-    """Return |g_i(F_ij + delta_ij x_i)| of one block, [B, queries, n]: the last queries i, the last n keys j.
+def contribution_norms(cache, p, bucket, attention, m, n):
+    """Return |g_i(F_ij + delta_ij x_i)| of one block, [B, m, n]: of the last m queries i and n keys j.
 
-    Arguments as in corner, queries <= n. F [B, queries, n, D] is built as it is defined, so it should be small.
+    Arguments as in corner, m <= n. F [B, m, n, D] is built as it is defined, so it should be small.
     """
     xp = get_array_module(cache["x"])
-    a, f, sigma = corner(cache, p, bucket, attention, queries, n)
-    parts = sum(a[:, h, :, :, None] * f[:, h, None] for h in range(a.shape[1]))  # F_ij, [B, queries, n, D]
+    a, f, sigma = corner(cache, p, bucket, attention, m, n)
+    parts = sum(a[:, h, :, :, None] * f[:, h, None] for h in range(a.shape[1]))  # F_ij, [B, m, n, D]
     x = cache["x"][bucket.start : bucket.stop].reshape(bucket.count, bucket.length, -1)
-    i = xp.arange(queries)
-    parts[:, i, n - queries + i] += x[:, -queries:]
+    i = xp.arange(m)
+    parts[:, i, n - m + i] += x[:, -m:]
     return norms(centred(parts, p["attention_norm.gamma"])) / sigma
 
 
-def head_norms(cache, p, bucket, attention, queries, n):
-    """Return |g_i(A_h[i,j] f_h(x_j))| of one block, each head alone: [B, H, queries, n].
+def head_norms(cache, p, bucket, attention, m, n):
+    """Return |g_i(A_h[i,j] f_h(x_j))| of one block, each head alone, [B, H, m, n] (see contribution_norms).
 
-    Arguments as in contribution_norms. The residual x_i belongs to no head and is left out. A_h[i,j] is a number, and
-    is taken out of the norm.
+    The residual x_i belongs to no head and is left out. A_h[i,j] is a number, so it can be taken out of the norm.
     """
-    a, f, sigma = corner(cache, p, bucket, attention, queries, n)
+    a, f, sigma = corner(cache, p, bucket, attention, m, n)
     return a * norms(centred(f, p["attention_norm.gamma"]))[:, :, None] / sigma[:, None]
 
 
 def recent_maps(cache, p, buckets):
-    """Return {heatmap: [RECENT, RECENT]} of one block, summed over the sequences, aligned at the LATEST position."""
+    """Return {heatmap: [RECENT, RECENT]} of one block, summed over the sequences, aligned at the latest position."""
     maps = {name: np.zeros((RECENT, RECENT)) for name in HEATMAPS}
     for bucket, attention in zip(buckets, cache["attention"], strict=True):
         n = min(RECENT, bucket.length)
         a, _, _ = corner(cache, p, bucket, attention, n, n)
-        contribution = contribution_norms(cache, p, bucket, attention, n, n)
         maps["attention"][-n:, -n:] += to_host(a.mean(axis=1).sum(axis=0))
-        maps["contribution"][-n:, -n:] += to_host(contribution.sum(axis=0))
+        maps["contribution"][-n:, -n:] += to_host(contribution_norms(cache, p, bucket, attention, n, n).sum(axis=0))
     return maps
 
 
@@ -153,19 +154,19 @@ def block_caches(parameters, config, flat, starts, lengths):
 
 def work_chunks(lengths, xp):
     """Cut sequences of lengths [B] into chunks of work: a list of index arrays."""
-    return micro_batches(lengths, 1, MICRO_BATCHES * plan(xp).micro_batch_tokens)[0]
+    return micro_batches(lengths, 1, CHUNK * plan(xp).micro_batch_tokens)[0]
 
 
 def decompose(parameters, config, sequences, run=map, progress=None):
     """Decompose every block at every position of the sequences.
 
-    sequences: list of 1-D integer arrays, oldest item first, none empty; the last max_length items of
-    each are used. run: what maps a function over chunks of work, perhaps in parallel; progress: called with the number
-    of tokens done since its last call. Returns a dict of host arrays; tokens [N] are in the order of `sequences`,
-    sequence after sequence, oldest position first:
+    sequences: list of 1-D integer arrays, oldest item first, none empty; the last max_length items of each are used.
+    run: maps a function over chunks of work, perhaps in parallel; progress: called with the number of tokens done since
+    its last call. Returns a dict of host arrays, tokens [N] sequence after sequence, oldest position first:
         blocks      a list of {"attn", "attn_res", "attn_res_ln": [N], "entropy": [N, H],
-                    "attention", "contribution": [RECENT, RECENT]}, the last two being means over
-                    sequences, aligned at the LATEST position (the last row and column)
+                    "attention", "contribution": [RECENT, RECENT]}. The last two are aligned at the LATEST
+                    position (the last row and column). A cell is the mean over the sequences that reach
+                    back to it, attention also over heads; cells after the query are NaN
         sequences   [N] the number of the sequence; positions [N] 0 = oldest kept; latest [N] bool
     Raises UserError for an empty sequence or an item outside 0..V-1.
     """
@@ -187,13 +188,9 @@ def decompose(parameters, config, sequences, run=map, progress=None):
             results.append((values, recent_maps(cache, p, batch.buckets)))
         return spans(starts[chunk][batch.order], batch.lengths), results  # where the batch's rows lie among the tokens
 
-    dtype = parameters["item_embedding"].dtype
-    blocks = [
-        {name: np.empty(len(flat), dtype) for name in RATIOS}
-        | {"entropy": np.empty((len(flat), config.n_heads), dtype)}
-        | {name: np.zeros((RECENT, RECENT)) for name in HEATMAPS}
-        for _ in range(config.n_blocks)
-    ]
+    shapes = dict.fromkeys(RATIOS, (len(flat),)) | {"entropy": (len(flat), config.n_heads)}
+    empty = lambda: {name: np.empty(shape, parameters["item_embedding"].dtype) for name, shape in shapes.items()}
+    blocks = [empty() | {name: np.zeros((RECENT, RECENT)) for name in HEATMAPS} for _ in range(config.n_blocks)]
     for tokens, results in run(decompose_chunk, work_chunks(lengths, xp)):
         for block, (values, maps) in zip(blocks, results, strict=True):
             for name, value in values.items():
@@ -228,8 +225,8 @@ def describe(values):
 def summarise(result):
     """Summarise decompose's result: per block, and over all blocks at three choices of positions.
 
-    all: every valid position (the paper's figure); without_first: without position 0, whose ratio
-    is 0 by construction; latest: the position that predicts. Entropy never counts position 0.
+    all: every position (the paper's figure); without_first: without position 0, whose ratio is 0 by construction;
+    latest: the last position of each sequence. Entropy never counts position 0.
     """
     first = result["positions"] == 0
 
@@ -248,8 +245,12 @@ def summarise(result):
 
 
 def contributions(parameters, config, sequence):
-    """Return |g_i(F_ij + delta_ij x_i)| of one sequence, as a list of [L, L] host arrays, one a block."""
+    """Return |g_i(F_ij + delta_ij x_i)| of one sequence, as a list of [L, L] host arrays, one a block.
+
+    Raises UserError where it is empty, or an item is outside 0..V-1.
+    """
     sequence = np.asarray(sequence)[-config.max_length :]
+    check_items(sequence, config.n_items)
     length = len(sequence)
     batch, caches = block_caches(parameters, config, sequence, np.array([0]), np.array([length]))
     squares = []

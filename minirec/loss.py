@@ -16,17 +16,18 @@ def cross_entropy(x, items, targets, scale, d_items):
     """Loss and gradient of softmax cross-entropy against the next item (no sampling).
 
     x [N, D] token representations, items [V, D] item embeddings (tied: logits = x items^T), targets [N] integers,
-    scale: what each token's loss counts (1/N for a mean).
+    scale: the weight of each token's loss (1/N for a mean), which multiplies all that follows.
     Returns the loss (a 0-d array, on the device) and d_x [N, D]; adds to d_items [V, D].
 
-    One token with target t: z = items x its logits, p_v = exp z_v / sum_u exp z_u, and
+    Take one token x with target t. Its logits are z = x items^T, and its probabilities p_v = exp z_v / sum_u exp z_u.
         loss = -log p_t = log(sum_v exp z_v) - z_t
         dloss/dz_v = exp z_v / sum_u exp z_u - [v = t] = p_v - [v = t]
-    Taking the row's maximum m off changes neither (it cancels) and keeps exp from overflowing.
-    z = x items^T is a linear layer without bias (ops.linear_backward), so with onehot_v = [v = t]
+    z is a linear layer without bias (ops.linear_backward), so with onehot_v = [v = t]
         d_x = (p - onehot) items        d_items += (p - onehot)^T x
-    With e = exp(z - m) and s = sum e, p - onehot = (e - s onehot) / s. In this form only the one entry at t has to
-    change, and the division by s is left to arrays [c, D], which are smaller than [c, V]:
+    Let m be the largest logit, e = exp(z - m), which cannot overflow, and s = sum_v e_v. The m cancels:
+        loss = log s - (z_t - m)        p - onehot = (e - s onehot) / s
+    In this form only the one entry at t has to change, and the division by s is left to arrays [c, D], which are
+    smaller than [c, V]:
         d_x = ((e - s onehot) items) / s        d_items += (e - s onehot)^T (x / s)
     """
     xp = get_array_module(x)
@@ -56,13 +57,14 @@ def cross_entropy(x, items, targets, scale, d_items):
 def sampled_cross_entropy(x, items, targets, negatives, scale, d_items):
     """Loss and gradient of softmax cross-entropy over the target and n shared negatives.
 
-    As in Klenitskiy and Vasilev (2023): negatives [n] are drawn once for all tokens, uniformly; where one of them is
-    a token's own target, it does not count for that token. Otherwise as cross_entropy, whose derivation holds with
+    After Klenitskiy and Vasilev (2023). Here negatives [n] are drawn once for all tokens, uniformly. Where one of them
+    is a token's own target, it does not count for that token. Otherwise as cross_entropy, whose derivation holds with
     the target's logit in a column of its own: p - onehot = (e - s onehot) / s.
 
     This loss is biased: where the full sum has V - 1 terms beside the target's, s has about n, so the target looks
     more probable than it is. A draw is item v with probability 1/V, so adding log(V/n) to the negatives' logits would
-    make the expectation of s the full sum (Bengio and Senecal 2008). It is left out, as in the paper above.
+    make the expectation of s the full sum (Bengio and Senecal 2008); that of log s would still be off a little. It is
+    left out: the ranking of the items is what is wanted, not their probabilities.
     """
     xp = get_array_module(x)
     scale = float(scale)
@@ -87,11 +89,12 @@ def sampled_cross_entropy(x, items, targets, negatives, scale, d_items):
 def binary_cross_entropy(x, items, targets, negatives, scale, d_items):
     """Loss and gradient of SASRec's own loss: the target against one negative a position.
 
-    Kang and McAuley (2018), equation 6: loss = -log sigmoid(z_t) - log(1 - sigmoid(z_n)), with z_t = x . items_t,
-    z_n = x . items_n, and negatives [N]. In a form that cannot overflow,
-        -log sigmoid(z) = log(1 + exp(-z))        its derivative: -exp(-z) / (1 + exp(-z)) = sigmoid(z) - 1
-        -log(1 - sigmoid(z)) = -log sigmoid(-z)
-        dloss/dz_t = sigmoid(z_t) - 1        dloss/dz_n = 1 - sigmoid(-z_n) = sigmoid(z_n)
+    Kang and McAuley (2018): loss = -log sigmoid(logit of the target) - log(1 - sigmoid(logit of the negative)), with
+    negatives [N]. As 1 - sigmoid(y) = sigmoid(-y), both terms are -log sigmoid(z), with z = sign * logit and sign 1 for
+    the target, -1 for the negative:
+        -log sigmoid(z) = log(1 + exp(-z)), computed by logaddexp(0, -z), which cannot overflow
+        its derivative by z is -exp(-z) / (1 + exp(-z)) = -(1 - sigmoid(z))
+        dloss/dlogit = -sign (1 - sigmoid(z))
     Otherwise as cross_entropy.
     """
     xp = get_array_module(x)

@@ -1,7 +1,7 @@
-"""SASRec (Kang and McAuley 2018) as a list of calls, and its mirror.
+"""SASRec (Kang and McAuley 2018): the forward as a list of calls, and the backward as the same list read backwards.
 
-Symbols: L positions, N tokens (all positions of a batch, packed), D hidden size, H heads, K = D/H, V items;
-LN layer norm, E [V, D] item embedding, P [L, D] position embedding, W [D, D]. Position 0 is the oldest item kept.
+Symbols: N tokens (all positions of a batch, packed), D hidden size, H heads, K = D/H, V items; LN layer norm, E [V, D]
+item embedding, P [max_length, D] position embedding, W [D, D]. Position 0 is the oldest item kept.
 
     x      = LN(dropout(E[item] sqrt(D) + P[position]))
     per block, post-LN (Kang and McAuley normalise what goes into a sub-layer instead):
@@ -10,7 +10,7 @@ LN layer norm, E [V, D] item embedding, P [L, D] position embedding, W [D, D]. P
       x    = LN(y + dropout(relu(dropout(y W_1 + b_1)) W_2 + b_2))
     logits = x E^T, loss = mean over all positions of cross-entropy against the next item
 
-E and P both start at N(0, 0.02). sqrt(D) lets the item outweigh its position.
+E and P start with the same standard deviation, 0.02; sqrt(D) lets the item outweigh its position.
 The same in loops, one sequence at a time: plain.py. Parameters and gradients are mappings from dotted names to
 arrays. In training the arrays are views on one flat vector (`unflatten`), so that Adam, a sum over workers or a
 checkpoint is one operation. The functions here accept any mapping with those names.
@@ -63,7 +63,7 @@ def block(x, p, buckets, config, weighting, rng):
     # 3. residual and layer norm                                                     [N, D]
     o, c["o_dropout"] = dropout(o, rate, rng)
     y, c["attention_norm"] = layer_norm(x + o, p["attention_norm.gamma"], p["attention_norm.beta"])
-    # 4. feed-forward (FFN); dropout comes before relu, and the order does not matter  [N, D]
+    # 4. feed-forward (FFN); dropout may come before relu: relu(mask * f) = mask * relu(f)  [N, D]
     f, c["ffn_1"] = linear(y, p["ffn.w_1"], p["ffn.b_1"])
     f, c["ffn_1_dropout"] = dropout(f, rate, rng)
     f, c["relu"] = relu(f)
@@ -147,9 +147,9 @@ def add_gradients(parameters, config, batch, scale, gradients, rng=None, loss="c
     the tokens of all micro-batches of a step, their losses and gradients sum to those of the mean.
     """
     x, cache = forward(parameters, config, batch, rng)
-    # E serves twice. With O [N, V] the one-hot rows of the items and e = sqrt(D) O E + P[position],
-    #     dL/dE = d_logits^T x  (tied, the output: cross_entropy)  +  sqrt(D) O^T d_e  (the input: backward):
-    # both add to the same array.
+    # E serves twice. Let O [N, V] hold the one-hot rows of the items. The input is h = sqrt(D) O E + P[position], the
+    # output logits = x E^T, so
+    #     dLoss/dE = sqrt(D) O^T d_h  (input: added by backward)  +  d_logits^T x  (output: added by the loss)
     items, d_items = parameters["item_embedding"], gradients["item_embedding"]
     if loss == "ce":
         value, d_x = cross_entropy(x, items, batch.targets, scale, d_items)

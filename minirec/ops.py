@@ -1,10 +1,11 @@
 """Forward and backward of the token-wise operations: embedding, linear, relu, dropout, layer norm.
 
 Symbols: N tokens (all positions of a batch, packed, no padding), D hidden size, V items; M columns of a result.
-L is the loss in derivatives. y = f(x) is computed forwards; backwards, d_y stands for dL/dy, an array of y's shape.
+y = f(x) is computed forwards; backwards, d_y stands for dLoss/dy, an array of y's shape.
 In derivations [i = j], also delta_ij, is 1 where i = j and else 0.
 
-Each f(...) returns (out, cache), and f_backward(d_out, cache, ...), right below it, returns d_x. Gradients of
+Each f(...) returns (out, cache), and f_backward(d_out, cache, ...), right below it, returns d_x (that of embedding
+returns nothing: an index has no gradient). `xp` is NumPy, or CuPy on a GPU (backend.py). Gradients of
 parameters are ADDED to the arrays that are passed in (d_w, d_b, ...): a parameter that is used twice, or by several
 micro-batches, gets the sum of its gradients, as the chain rule asks.
 """
@@ -29,7 +30,7 @@ def embedding_backward(d_out, index, d_table):
     """Add to d_table [V, D], with d_out [N, D]: the gradient of a row goes to the row that was looked up.
 
     out_nd = sum_v [index_n = v] table_vd, a product with one-hot rows, so
-        dL/dtable_vd = sum_n [index_n = v] dL/dout_nd        all uses of row v add up
+        dLoss/dtable_vd = sum_n [index_n = v] dLoss/dout_nd        all uses of row v add up
     """
     scatter_add(d_table, index, d_out)
 
@@ -55,9 +56,9 @@ def linear_backward(d_out, cache, d_w, d_b):
     """Return d_x [N, D], with d_out [N, M]; add to d_w [D, M] and d_b [M].
 
     out_nm = sum_d x_nd w_dm + b_m. The chain rule sums over every output that an input reaches:
-        dL/dx_nd = sum_m dL/dout_nm w_dm        ->  d_x = d_out w^T
-        dL/dw_dm = sum_n x_nd dL/dout_nm        ->  d_w = x^T d_out
-        dL/db_m  = sum_n dL/dout_nm             ->  d_b = the sum of d_out's rows
+        dLoss/dx_nd = sum_m dLoss/dout_nm w_dm        ->  d_x = d_out w^T
+        dLoss/dw_dm = sum_n x_nd dLoss/dout_nm        ->  d_w = x^T d_out
+        dLoss/db_m  = sum_n dLoss/dout_nm             ->  d_b = the sum of d_out's rows
     """
     d_w += cache.x.T @ d_out
     d_b += column_sum(d_out)
@@ -78,8 +79,8 @@ def relu_backward(d_out, out):
 def dropout_mask(shape, rate, rng, like):
     """Draw a mask that is 0 with probability `rate` (to 1/65536) and otherwise a constant, such that its mean is 1.
 
-    Array module and dtype are those of `like`. The draws do not depend on the dtype, so that checks in float64 see
-    the masks of training in float32. Returns None where nothing is dropped (rng None or rate 0).
+    Library (NumPy or CuPy) and dtype are those of the array `like`. The draws do not depend on the dtype, so that
+    checks in float64 see the masks of training in float32. Returns None where nothing is dropped (rng None or rate 0).
     """
     if rng is None or rate == 0:
         return None
@@ -115,7 +116,7 @@ def layer_norm(x, gamma, beta):
     """Layer norm (Ba et al. 2016): out = gamma (x - mean) / sigma + beta, over each row.
 
     x [N, D], gamma [D], beta [D] -> out [N, D], LayerNormCache.
-    sigma = sqrt(variance + 1e-8). The variance takes two passes, which is exact also where mean >> deviation.
+    sigma = sqrt(variance + 1e-8). The variance takes two passes, so it stays accurate where mean >> deviation.
     """
     xp = get_array_module(x)
     centred = x - row_mean(x)  # [N, D]
@@ -130,7 +131,7 @@ def layer_norm(x, gamma, beta):
 def layer_norm_backward(d_out, cache, d_gamma, d_beta):
     """Return d_x [N, D], with d_out [N, D]; add to d_gamma [D] and d_beta [D].
 
-    One row: m its mean, s its sigma, n = (x - m)/s, out = gamma n + beta, and e = dL/dn = gamma d_out.
+    One row: m its mean, s its sigma, n = (x - m)/s, out = gamma n + beta, and e = dLoss/dn = gamma d_out.
     Every x_k moves m and s, and these move every n_i:
         dm/dx_k = 1/D
         s^2 = sum_i (x_i - m)^2 / D + eps, so 2 s ds/dx_k = 2/D sum_i (x_i - m)(delta_ik - 1/D)
@@ -138,8 +139,8 @@ def layer_norm_backward(d_out, cache, d_gamma, d_beta):
         dn_i/dx_k = (delta_ik - 1/D)/s - (x_i - m)/s^2 * n_k/D
                   = (delta_ik - 1/D - n_i n_k / D) / s
         d_x_k = sum_i e_i dn_i/dx_k = (e_k - mean(e) - n_k mean(e n)) / s
-    In words: e, less its part along the constant vector, less its part along n, all over s. These two parts go
-    because shifting or stretching a row changes no n. gamma and beta serve all rows, so
+    In words: e minus its mean, minus its part along n, all divided by s. These two parts vanish because n does not
+    change when a row is shifted or stretched (but for eps). gamma and beta serve all rows, so
         d_gamma = sum over rows of d_out n        d_beta = sum over rows of d_out
     """
     normed, sigma, gamma = cache

@@ -15,8 +15,8 @@ rectangle already: a view of the same memory, no copy. It is called a bucket. Le
                       [c   c   c]                                     1 x 1, 2 x 3 and 1 x 4
 
 A GPU wants few large kernels instead of many small ones. There, sequences of unequal length share a bucket, and
-the positions that are missing at each sequence's END hold zeros. These need no mask: a causal query never looks
-ahead, and their outputs are dropped.
+the positions that are missing at each sequence's END hold zeros. Missing positions need no mask. A real query never
+looks ahead, so it never sees them. Their own outputs are dropped, so their gradients are 0.
 """
 
 from typing import NamedTuple
@@ -73,7 +73,8 @@ class Bucket(NamedTuple):
 def make_buckets(lengths, n_buckets, xp):
     """Cut sequences into buckets.
 
-    lengths [B] ascending, on the host; n_buckets: how many, or None for one a length, with no padding at all.
+    lengths [B] ascending, on the host (in the CPU's memory); n_buckets: how many, of about equal numbers of sequences,
+    or None for one a length, with no padding at all.
     Returns a list of Bucket that covers rows 0..N-1 in order.
     """
     if n_buckets is None:
@@ -117,7 +118,7 @@ class Batch(NamedTuple):
     items: object  # [N] the item at each position
     positions: object  # [N] 0 = oldest item kept
     targets: object  # [N] the item that follows; None where there is nothing to learn
-    negatives: object  # of the sampled losses: [n] for all positions, or [N] one for each; else None
+    negatives: object  # of the sampled losses: [N] one for each, or (set by the caller) [n] for all; else None
     buckets: list  # rectangles for attention
     order: np.ndarray  # [B] which of the given sequences comes first, second, ..., on the host
     lengths: np.ndarray  # [B] ascending, on the host
@@ -146,7 +147,7 @@ def pack(flat, starts, lengths, xp=np, with_targets=True, negatives=None):
 
 def check_items(flat, n_items):
     """Raise UserError where an item is not an integer in 0..n_items-1: a GPU would not notice."""
-    if flat.dtype.kind not in "iu" or flat.min() < 0 or flat.max() >= n_items:
+    if flat.dtype.kind not in "iu" or not flat.size or flat.min() < 0 or flat.max() >= n_items:
         raise UserError(f"items must be integers in 0..{n_items - 1}")
 
 
@@ -170,8 +171,8 @@ def micro_batches(lengths, n_buffers, n_tokens):
     """Cut a batch into micro-batches of about n_tokens tokens, and deal them to gradient buffers.
 
     lengths [B] of the sequences. They are sorted by length, for equal lengths make dense buckets, and cut into
-    n_buffers * r micro-batches of about equal token counts. Buffer i gets every n_buffers-th of them from the i-th on,
-    so that each buffer has long and short ones.
+    micro-batches of about equal token counts, as many for each buffer. Buffer i gets every n_buffers-th of them from
+    the i-th on, so that each buffer has long and short ones.
     Returns, for each buffer, a list of index arrays into `lengths`.
     """
     order = np.argsort(lengths, kind="stable")

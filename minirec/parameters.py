@@ -18,7 +18,7 @@ INIT_STD = 0.02  # of embeddings, W_o, W_1, W_2
 
 @dataclass(frozen=True)
 class Config:
-    """Sizes and settings of the model; the defaults are the paper's for sparse data.
+    """Sizes and settings of the model; the defaults are those of Kozaki et al. (2026) for sparse data.
 
     attn is one of attention.known_weightings(), or a tuple of them, one a block. Raises UserError on sizes that
     make no model.
@@ -74,7 +74,8 @@ def parameter_shapes(config):
 
 
 def unflatten(flat, config):
-    """Return {name: array}, each a view on its part of a flat vector of all parameters: write, never rebind."""
+    """Return {name: array}, each a view on its part of a flat vector of all parameters: write into it, do not replace
+    it."""
     parameters, start = {}, 0
     for name, shape in parameter_shapes(config).items():
         size = math.prod(shape)
@@ -89,13 +90,13 @@ def parameter_count(config):
 
 
 def init_parameters(config, seed, dtype=np.float32):
-    """Draw initial parameters: gamma 1, biases and beta 0, the rest random.
+    """Draw initial parameters: gamma 1, biases and beta 0, the rest random with mean 0.
 
-    W_q, W_k and W_v are Xavier-uniform (Glorot and Bengio 2010) as PyTorch's MultiheadAttention draws them, which
-    sees one matrix [D, 3D]: U(-a, a), a = sqrt(6 / (D + 3D)), a standard deviation of .088 at D = 64. Embeddings and
-    all other matrices are N(0, 0.02). So are those of the authors' softmax models (Kozaki et al. 2026).
-    Returns {name: array}, views on one flat NumPy vector. The draws depend on sizes and seed only,
-    never on the weighting or the backend: every arm of the study starts from the same weights.
+    W_q, W_k and W_v are Xavier-uniform (Glorot and Bengio 2010), drawn as PyTorch's MultiheadAttention draws them, as
+    one matrix [D, 3D]: U(-a, a), a = sqrt(6 / (D + 3D)), a standard deviation of .088 at D = 64. Embeddings and all
+    other matrices are normal with standard deviation 0.02. So start the softmax models of Kozaki et al. (2026).
+    Returns {name: array}, views on one flat NumPy vector. The draws depend on sizes and seed only, never on the
+    weighting or the backend: all models that the study compares start from the same weights.
     """
     rng = np.random.default_rng(seed)
     parameters = unflatten(np.zeros(parameter_count(config), dtype), config)

@@ -5,16 +5,19 @@ next. Everything is here: forward, loss, backward, Adam, a training loop, an eva
 same, faster, and derive the formulas that are only stated here. The tests hold them equal to this one.
 
 Symbols: L positions of one sequence, D hidden size, H heads, K = D/H, V items; LN layer norm; i a position that looks
-back, j <= i one that is looked at. An array's shape stands beside it. d_y is the gradient dLoss/dy, of y's shape.
+back, j <= i one that is looked at; d_y the gradient dLoss/dy, of y's shape. @ multiplies matrices, * entries.
 
-    x      = LN(E[item] sqrt(D) + P[position])              E [V, D] items, P [L, D] positions
-    block: A_h = softmax over j <= i of q_i . k_j / sqrt(K)   q, k, v = x W + b; head h has K columns of each
-           o   = concat_h(A_h v_h) W_o + b_o                the only step at which positions meet
-           y   = LN(x + o)
-           x   = LN(y + relu(y W_1 + b_1) W_2 + b_2)
+    x      = LN(E[item] sqrt(D) + P[position])              E [V, D] items, P positions, its first L rows
+    block: A_h   = softmax over j <= i of q_i . k_j / sqrt(K)   q, k, v = x W + b; head h has K columns of each
+           mixed = concat_h(A_h v_h)                        the only step at which positions meet
+           o     = mixed W_o + b_o
+           y     = LN(x + o)
+           x     = LN(y + relu(y W_1 + b_1) W_2 + b_2)
     logits = x E^T                                          loss = -log softmax(logits)[next item]
 
-The study puts a fixed matrix in the place of A (`attention_weights`) and leaves everything else as it is.
+In training, dropout masks multiply A, o, both results of the feed-forward layers and the first x (`draw_masks`).
+Unlike in the original, LN comes after each sum, and the loss is over all items. The study puts a fixed matrix in the
+place of A (`attention_weights`) and leaves everything else as it is.
 
     python -m minirec.plain         trains learned and uniform attention on a small dataset, on one core
 """
@@ -23,25 +26,24 @@ import time
 
 import numpy as np
 
-# Parameters are {name: array}, and gradients have the same names. They are those of the fast model: names, shapes,
-# initial values. So the parameters of one can be given to the other.
-
 
 def init_parameters(n_items, d=64, n_blocks=2, max_length=50, seed=0):
-    """Return {name: array}: gamma 1, biases and beta 0, W_q, W_k, W_v Xavier-uniform, all else N(0, 0.02)."""
+    """Return the parameters, {name: array}: gamma 1, biases and beta 0, matrices random with mean 0.
+
+    W_q, W_k, W_v are Xavier-uniform, drawn as one matrix [D, 3D]; the others are normal with standard deviation 0.02.
+    Names, shapes and values are those of the fast model (parameters.py). Gradients have the same names.
+    """
     rng, bound = np.random.default_rng(seed), np.sqrt(6 / (4 * d))
-    p = {
-        "item_embedding": rng.normal(0, 0.02, (n_items, d)),
-        "position_embedding": rng.normal(0, 0.02, (max_length, d)),
-    }
+    normal = lambda *shape: rng.normal(0, 0.02, shape)
+    p = {"item_embedding": normal(n_items, d), "position_embedding": normal(max_length, d)}
     p |= {"embedding_norm.gamma": np.ones(d), "embedding_norm.beta": np.zeros(d)}
     for name in (f"blocks.{i}" for i in range(n_blocks)):
         p |= {f"{name}.attention.w_{n}": rng.uniform(-bound, bound, (d, d)) for n in "qkv"}
-        p |= {f"{name}.attention.w_o": rng.normal(0, 0.02, (d, d))}
+        p |= {f"{name}.attention.w_o": normal(d, d)}
         p |= {f"{name}.attention.b_{n}": np.zeros(d) for n in "qkvo"}
         p |= {f"{name}.attention_norm.gamma": np.ones(d), f"{name}.attention_norm.beta": np.zeros(d)}
         for n in "12":
-            p |= {f"{name}.ffn.w_{n}": rng.normal(0, 0.02, (d, d)), f"{name}.ffn.b_{n}": np.zeros(d)}
+            p |= {f"{name}.ffn.w_{n}": normal(d, d), f"{name}.ffn.b_{n}": np.zeros(d)}
         p |= {f"{name}.ffn_norm.gamma": np.ones(d), f"{name}.ffn_norm.beta": np.zeros(d)}
     return p
 
@@ -87,12 +89,12 @@ def attention_weights(attn, q, k):
     return a / a.sum(axis=1, keepdims=True)
 
 
-def attention_backward(attn, d_o, q, k, v, a, mask):
-    """Return d_q, d_k, d_v [L, K] of o = (A mask) v. Derived in attention.py."""
-    d_v = (a * mask).T @ d_o
+def attention_backward(attn, d_mixed, q, k, v, a, mask):
+    """Return d_q, d_k, d_v [L, K] of one head, mixed = (A * mask) @ v. Derived in attention.py."""
+    d_v = (a * mask).T @ d_mixed
     if attn != "softmax":
         return np.zeros_like(q), np.zeros_like(k), d_v  # A is fixed: nothing goes back through it
-    d_a = (d_o @ v.T) * mask  # [L, L]
+    d_a = (d_mixed @ v.T) * mask  # [L, L]
     d_scores = a * (d_a - (d_a * a).sum(axis=1, keepdims=True))  # [L, L]
     d_products = d_scores / np.sqrt(q.shape[1])  # of q k^T
     return d_products @ k, d_products.T @ q, d_v
@@ -120,24 +122,21 @@ def block_backward(d_out, cache, p, g, name, n_heads, attn, masks):
     A sum passes its gradient on to both summands. What is used twice gets the sum of what comes back.
     """
     x, q, k, v, y, u = (cache[key] for key in ("x", "q", "k", "v", "y", "u"))
-    d_y = layer_norm_backward(d_out, cache["norm_out"], p, g, f"{name}.ffn_norm")  # of y + f
-    d_f = d_y * masks.get(f"{name}.ffn_2", 1)
-    d_u = linear_backward(d_f, np.maximum(u, 0), p, g, f"{name}.ffn", "2") * (u > 0)
-    d_u = d_u * masks.get(f"{name}.ffn_1", 1)
-    d_y = d_y + linear_backward(d_u, y, p, g, f"{name}.ffn", "1")
-    d_x = layer_norm_backward(d_y, cache["norm_y"], p, g, f"{name}.attention_norm")  # of x + o
-    d_o = d_x * masks.get(f"{name}.o", 1)
+    d_sum = layer_norm_backward(d_out, cache["norm_out"], p, g, f"{name}.ffn_norm")  # of y + f
+    d_f = d_sum * masks.get(f"{name}.ffn_2", 1)
+    d_relu = linear_backward(d_f, np.maximum(u, 0), p, g, f"{name}.ffn", "2")
+    d_u = d_relu * (u > 0) * masks.get(f"{name}.ffn_1", 1)
+    d_y = d_sum + linear_backward(d_u, y, p, g, f"{name}.ffn", "1")
+    d_sum = layer_norm_backward(d_y, cache["norm_y"], p, g, f"{name}.attention_norm")  # of x + o
+    d_o = d_sum * masks.get(f"{name}.o", 1)
     d_mixed = linear_backward(d_o, cache["mixed"], p, g, f"{name}.attention", "o")
     d_q, d_k, d_v = np.zeros_like(q), np.zeros_like(k), np.zeros_like(v)
     for h, c in enumerate(np.split(np.arange(x.shape[1]), n_heads)):
         given = d_mixed[:, c], q[:, c], k[:, c], v[:, c], cache["a"][h], masks.get(f"{name}.attention.{h}", 1)
         d_q[:, c], d_k[:, c], d_v[:, c] = attention_backward(attn, *given)
-    for d, n in ((d_q, "q"), (d_k, "k"), (d_v, "v")):
-        d_x = d_x + linear_backward(d, x, p, g, f"{name}.attention", n)
-    return d_x
-
-
-# The whole model, on one sequence
+    for d, n in zip((d_q, d_k, d_v), "qkv", strict=True):
+        d_sum = d_sum + linear_backward(d, x, p, g, f"{name}.attention", n)
+    return d_sum
 
 
 def forward(items, p, n_heads, attn, masks=None):
@@ -167,11 +166,11 @@ def backward(d_x, items, cache, p, g, n_heads, attn, masks):
 def loss_and_gradients(sequences, p, n_heads, attn, masks=None):
     """Return the mean of -log(probability of the next item) over all positions of all sequences, and {name: gradient}.
 
-    sequences: a list of [n] items, oldest first; inputs are s[:-1], targets s[1:], the last ones that fit. masks: one
-    dict a sequence (see forward).
+    sequences: a list of integer arrays, oldest item first. Of each, the last max_length + 1 items count: inputs are
+    s[:-1] and targets s[1:] of these. masks: one dict a sequence (see forward).
     """
-    items_table, longest = p["item_embedding"], len(p["position_embedding"])
-    sequences = [s[-longest - 1 :] for s in sequences]
+    items_table = p["item_embedding"]
+    sequences = [latest(s, p, 1) for s in sequences]
     n_positions = sum(len(s) - 1 for s in sequences)
     loss, g = 0.0, {name: np.zeros_like(value) for name, value in p.items()}
     for s, mask in zip(sequences, masks or [{}] * len(sequences), strict=True):
@@ -185,12 +184,14 @@ def loss_and_gradients(sequences, p, n_heads, attn, masks=None):
         d_logits = probabilities  # dloss/dlogits = probabilities - onehot(target), derived in loss.py
         d_logits[row, targets] -= 1
         d_logits /= n_positions
-        g["item_embedding"] += d_logits.T @ x  # E as output; as input: in backward
+        g["item_embedding"] += d_logits.T @ x  # E as output; its gradient as input is added by backward (model.py)
         backward(d_logits @ items_table, items, cache, p, g, n_heads, attn, mask)
     return loss, g
 
 
-# Training
+def latest(s, p, more=0):
+    """Return the last max_length items of a sequence, and so many more."""
+    return s[-len(p["position_embedding"]) - more :]
 
 
 def draw_masks(length, d, n_heads, n_blocks, rate, rng):
@@ -203,7 +204,7 @@ def draw_masks(length, d, n_heads, n_blocks, rate, rng):
 
 
 def adam_step(p, g, m, v, step, lr=1e-3):
-    """Move every parameter against its gradient, by about lr (Kingma and Ba 2015). Derived in optimizer.py."""
+    """Move every parameter against its gradient (Adam, Kingma and Ba 2015; step counts from 1). See optimizer.py."""
     for name in p:
         m[name] += (1 - 0.9) * (g[name] - m[name])
         v[name] += (1 - 0.999) * (g[name] ** 2 - v[name])
@@ -218,7 +219,7 @@ def train(sequences, p, n_heads, attn, epochs=15, batch_size=32, rate=0.2, lr=3e
     for epoch in range(1, epochs + 1):
         losses = []
         for batch in np.array_split(rng.permutation(len(sequences)), -(-len(sequences) // batch_size)):
-            step, chosen = step + 1, [sequences[n] for n in batch]
+            step, chosen = step + 1, [latest(sequences[n], p, 1) for n in batch]
             masks = [draw_masks(len(s) - 1, d, n_heads, len(attn), rate, rng) for s in chosen]
             loss, g = loss_and_gradients(chosen, p, n_heads, attn, masks)
             adam_step(p, g, m, v, step, lr)
@@ -229,12 +230,13 @@ def train(sequences, p, n_heads, attn, epochs=15, batch_size=32, rate=0.2, lr=3e
 def hit_rate(sequences, p, n_heads, attn, k=10):
     """Return HR@k: how often the last item of a sequence is among the k that the model ranks highest.
 
-    All items are ranked but those that the user had before; who ties with the target stands before it.
+    Items that the user had before are not ranked; if the target is one of them, it is a miss. An item whose score
+    equals the target's counts as ranked above it.
     """
     hits = 0
     for s in sequences:
         history, target = s[:-1], s[-1]
-        x, _ = forward(history[-len(p["position_embedding"]) :], p, n_heads, attn)
+        x, _ = forward(latest(history, p), p, n_heads, attn)
         scores = p["item_embedding"] @ x[-1]  # [V]
         scores[history] = -np.inf
         hits += np.isfinite(scores[target]) and (scores >= scores[target]).sum() <= k

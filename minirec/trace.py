@@ -221,7 +221,7 @@ def backward_steps(walk):
 def attention_backward_step(walk):
     """Return the Step through A, with r in its plain form; attention_backward takes d_mixed . mixed instead."""
     given, d_qkv = walk.calls["attention_backward"][0]
-    d_mixed, a, where = heads(walk, given["d_out"]), weights(walk), "attention.attention_backward"
+    d_mixed, a, where = heads(walk, given["d_mixed"]), weights(walk), "attention.attention_backward"
     says = "d_mixed = d_z W_o^T,  d_v = A^T d_mixed"
     arrays = {"d_mixed": d_mixed, "d_v": same(a.swapaxes(1, 2) @ d_mixed, heads(walk, d_qkv[2]))}
     if walk.config.attn != "softmax":

@@ -204,3 +204,10 @@ print(len(gradients), len(decompose.decompose(parameters, config, [numpy.arange(
     process = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert process.returncode == 0, process.stderr
     assert process.stdout.split() == ["36", "2"]
+
+
+def test_the_plain_model_trains_on_sequences_longer_than_it_can_hold(capsys):
+    sequences = [np.arange(10) % 7, np.arange(12) % 5, np.arange(3)]
+    p = plain.init_parameters(7, d=4, n_blocks=1, max_length=5)
+    plain.train(sequences, p, 2, ("softmax",), epochs=1, batch_size=2)
+    assert "epoch 1 of 1: loss " in capsys.readouterr().out
