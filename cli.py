@@ -345,6 +345,8 @@ def train(ctx, out, resume, as_json, mpi_buffers, **options):
     \b
     python cli.py train --data ratings.csv --attn uniform
     mpiexec -n 4 python cli.py train --out runs/large     each batch over four processes
+
+    Open MPI starts more processes than there are cores only with mpiexec --oversubscribe.
     """
     began = time.perf_counter()
     ranks = launched_ranks(mpi_buffers)
@@ -577,6 +579,8 @@ def study(data, attn, seeds, workers, out, as_json, **options):
     python cli.py study
     python cli.py study --data ratings.csv --seeds 5
     mpiexec -n 5 python cli.py study      four runs at a time, on one machine or several
+
+    Open MPI starts more processes than there are cores only with mpiexec --oversubscribe.
     """
     weightings = tuple(dict.fromkeys(attn)) or known_weightings()
     if not {"softmax", "uniform"} <= set(weightings):

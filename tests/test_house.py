@@ -177,6 +177,14 @@ def test_every_command_that_our_texts_quote_is_one_that_the_command_line_takes(m
             rest = rest if isinstance(command, click.Group) else []
 
 
+def test_wherever_mpiexec_is_named_the_option_for_more_processes_than_cores_is_named_too(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT)
+    main = importlib.import_module("cli").main
+    texts = [command.help for command in main.commands.values()] + [(ROOT / "README.md").read_text()]
+    naming = [text for text in texts if "mpiexec -n" in text]
+    assert len(naming) == 3 and all("mpiexec --oversubscribe" in text for text in naming)
+
+
 def test_every_benchmark_that_our_texts_quote_takes_these_options():
     scripts = {path.stem: path.read_text() for path in (ROOT / "tests/benchmarks").glob("*.py")}
     found = re.findall(rf"`(?:python tests/benchmarks/)?({'|'.join(scripts)})\.py( [^`]*)?`", OUR_TEXTS)
