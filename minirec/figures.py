@@ -4,6 +4,9 @@ They are to be read in grey and at the width of a column: arms and datasets diff
 not by colour alone.
 """
 
+import contextlib
+import os
+import sys
 import warnings
 
 import numpy as np
@@ -19,14 +22,38 @@ RATIO_STYLES = dict(
 )
 
 
+def import_matplotlib():
+    """Import matplotlib, whatever backend the environment asks for. Raises ImportError where matplotlib is missing.
+
+    The import reads MPLBACKEND, and fails where that names a backend that is not installed here: a shell in a notebook
+    inherits such a name. Our figures need no backend, so the variable is hidden while matplotlib is imported. Code that
+    draws beside ours in the same process still gets the backend that it asked for.
+    """
+    if "matplotlib" in sys.modules or "MPLBACKEND" not in os.environ:
+        import matplotlib  # noqa: F401
+
+        return
+    asked_for = os.environ.pop("MPLBACKEND")
+    try:
+        import matplotlib
+
+        with contextlib.suppress(ValueError):  # not installed here
+            matplotlib.rcParams["backend"] = asked_for
+    finally:
+        os.environ["MPLBACKEND"] = asked_for
+
+
 def new_figure(rows, columns, width, height):
-    """Return a figure and its axes [rows, columns], without a window; sizes in inches.
+    """Return a figure and its axes [rows, columns], without a window or a display; sizes in inches.
 
     Raises ImportError where matplotlib is missing.
     """
+    import_matplotlib()
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)  # not pyplot, which would load the user's backend
     return figure, figure.subplots(rows, columns, squeeze=False)
 
 

@@ -128,6 +128,26 @@ def test_decompose_without_matplotlib_writes_the_numbers(trained, tmp_path):
     assert [f.name for f in (tmp_path / "d").iterdir()] == ["decomposition.npz"]
 
 
+@pytest.mark.parametrize("backend", ["module://matplotlib_inline.backend_inline", "qtagg", "svg"])
+def test_a_picture_needs_no_display_and_no_backend_of_the_environment(tmp_path, backend):
+    pytest.importorskip("matplotlib")
+    code = (
+        "import os, sys; from minirec import figures\n"
+        "figures.learning_curves('log', {'softmax': [[0.1, 0.2]]}, __import__('pathlib').Path('picture.png'))\n"
+        "assert not any('pyplot' in name for name in sys.modules)\n"
+        "import matplotlib; print(os.environ['MPLBACKEND'], dict.get(matplotlib.rcParams, 'backend'))"
+    )
+    environment = os.environ | {"MPLBACKEND": backend, "PYTHONPATH": str(ROOT)}
+    environment.pop("DISPLAY", None)
+    process = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60
+    )
+    assert process.returncode == 0, process.stderr
+    assert (tmp_path / "picture.png").read_bytes()[:4] == b"\x89PNG"
+    variable, used_elsewhere = process.stdout.split(maxsplit=1)
+    assert variable == backend and ("module" in backend or used_elsewhere.strip() == backend)
+
+
 def test_recommend_names_unseen_items(trained, tmp_path):
     process = run_cli("recommend", trained, "--history", "item 3, item 7, atlantis", "--top", 5, cwd=tmp_path)
     lines = process.stdout.splitlines()
