@@ -1,9 +1,11 @@
 #!/usr/bin/env python3
 """The command line of minirec: options and printing, no maths. `python cli.py --help` shows the way."""
 
+import codecs
 import csv
 import difflib
 import importlib
+import io
 import json
 import math
 import os
@@ -71,8 +73,35 @@ class Number(click.FloatRange):
         return number
 
 
+def escape_what_cannot_be_shown():
+    """Let stdout and stderr escape the characters that their encoding lacks: "\\xe9", not an error in mid-output.
+
+    click takes a stream in ASCII for misconfigured, and writes UTF-8 to it. Under another name, ASCII is left as it is.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            is_ascii = codecs.lookup(stream.encoding).name == "ascii"
+            stream.reconfigure(encoding=STRICT_ASCII if is_ascii else None, errors="backslashreplace")
+
+
+def _find_strict_ascii(name):
+    """Return the codec ASCII for the name STRICT_ASCII, None for any other, as codecs.register wants it."""
+    if name != STRICT_ASCII:
+        return None
+    codec = codecs.lookup("ascii")
+    return codecs.CodecInfo(*codec, codec.incrementalencoder, codec.incrementaldecoder, name=STRICT_ASCII)
+
+
+STRICT_ASCII = "minirec_ascii"
+codecs.register(_find_strict_ascii)
+
+
 class Commands(click.Group):
     """A group whose commands end in one line for whatever a person can mend, never in a traceback."""
+
+    def main(self, *args, **options):
+        escape_what_cannot_be_shown()
+        return super().main(*args, **options)
 
     def list_commands(self, ctx):
         return list(self.commands)  # in the order in which a newcomer meets them, not by letter
@@ -1308,7 +1337,7 @@ def description(result, split):
     ]
     for bin in bins:
         span = f"{bin['from']:,} to {bin['to']:,}" if bin["to"] > bin["from"] else f"{bin['to']:,}"
-        lines.append(("", f"{span:>18}  {'█' * math.ceil(40 * bin['users'] / most)} {bin['users']:,}"))
+        lines.append(("", f"{span:>18}  {'#' * math.ceil(40 * bin['users'] / most)} {bin['users']:,}"))
     popular, repeats, times, held = (result[part] for part in ("popularity", "repeats", "time", "split"))
     lines += [
         (

@@ -184,6 +184,40 @@ def test_a_description_fits_a_screen_and_names_the_next_command(tmp_path):
     assert process.stderr == "next: python cli.py study --data household\n"
 
 
+@pytest.fixture(scope="module")
+def run_with_names_in_many_scripts(tmp_path_factory):
+    """The folder of a log whose names no narrow encoding holds, `log.csv`, and of a run on it, `run`."""
+    folder = tmp_path_factory.mktemp("scripts")
+    rows = [f"ü{u},{'日本' if i % 2 else 'café'} {i},{i}" for u in range(6) for i in range(u % 3, 7)]
+    (folder / "log.csv").write_text("\n".join(["user,item,time", *rows]), encoding="utf-8")
+    assert run_cli("train", "--data", "log.csv", "--epochs", 1, "--out", "run", cwd=folder).returncode == 0
+    return folder
+
+
+@pytest.mark.parametrize(
+    "encoding, coffee", [("utf-8", "café"), ("cp1252", "café"), ("ascii", "caf\\xe9"), ("us-ascii", "caf\\xe9")]
+)
+def test_what_a_console_cannot_show_is_escaped_and_stops_no_command(
+    run_with_names_in_many_scripts, monkeypatch, encoding, coffee
+):
+    monkeypatch.syspath_prepend(ROOT)
+    monkeypatch.chdir(run_with_names_in_many_scripts)
+    main = importlib.import_module("cli").main
+
+    def printed(*arguments, status=0):
+        result = CliRunner(charset=encoding).invoke(main, arguments)
+        assert result.exit_code == status and not isinstance(result.exception, UnicodeError)
+        return (result.stdout_bytes + (result.stderr_bytes or b"")).decode(encoding)  # strictly
+
+    for arguments in (("data", "log.csv"), ("trace",), ("evaluate", "run"), ("decompose", "run"), ("report", "run")):
+        assert printed(*arguments)
+    japanese = "日本" if encoding == "utf-8" else "\\u65e5\\u672c"
+    shown = printed("recommend", "run", "--explain")
+    assert shown.count("back)") + shown.count("latest)") > 2 and japanese in shown and coffee in shown
+    assert japanese in printed("recommend", "run", "--user", "日本", status=1)  # our own message
+    assert japanese in printed("recommend", "run", "--日本", status=2)  # click's
+
+
 def test_gradcheck_prints_every_tensor(tmp_path):
     process = run_cli("gradcheck", "--attn", "softmax", cwd=tmp_path)
     assert process.returncode == 0 and "all below 1e-06" in process.stdout
