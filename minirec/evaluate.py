@@ -14,7 +14,7 @@ import numpy as np
 from minirec.backend import get_array_module, to_device, to_host
 from minirec.errors import UserError
 from minirec.model import forward
-from minirec.packing import chunk_rows, micro_batches, pack, plan
+from minirec.packing import chunk_rows, micro_batches, pack, plan, spans
 
 CUTOFFS = (1, 5, 10, 20, 50, 100)
 CASES_AT_A_TIME = 1024
@@ -49,10 +49,8 @@ def check_scores(x, largest):
 def remove_seen(scores, sequence, starts, stops):
     """Set scores [c, V] to -inf, in place, where row i's item is in sequence[starts[i]:stops[i]]."""
     xp = get_array_module(scores)
-    lengths = stops - starts
-    rows = np.repeat(np.arange(len(starts)), lengths)
-    places = np.arange(len(rows)) + np.repeat(starts - (np.cumsum(lengths) - lengths), lengths)
-    seen = np.unique(rows * scores.shape[1] + sequence[places])  # each once: repeats are common
+    rows = np.repeat(np.arange(len(starts)), stops - starts)
+    seen = rows * scores.shape[1] + sequence[spans(starts, stops - starts)]
     scores.reshape(-1)[to_device(seen, xp)] = -xp.inf
 
 

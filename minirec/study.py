@@ -31,6 +31,7 @@ from minirec.data import Cases
 from minirec.decompose import RATIOS, decompose, summarise
 from minirec.errors import UserError
 from minirec.evaluate import MISS, metrics, rank_targets, user_values
+from minirec.packing import spans
 from minirec.statistics import JUDGED_BY, METRICS, compare, doubts, judge, mean_g, regime
 from minirec.train import best, finished, train
 from minirec.workers import PROCESSES, die_with_parent, worker_map
@@ -178,8 +179,7 @@ def describe_mixing(result):
 def shuffle_histories(sequence, cases, max_length, seed):
     """Return a copy of `sequence` in which the last max_length items before each target lie in random order."""
     lengths = np.minimum(cases.stops - cases.starts, max_length)
-    rows = np.repeat(np.arange(len(lengths)), lengths)
-    places = np.arange(len(rows)) + np.repeat(cases.stops - np.cumsum(lengths), lengths)
+    rows, places = np.repeat(np.arange(len(lengths)), lengths), spans(cases.stops - lengths, lengths)
     order = np.lexsort((np.random.default_rng(seed).random(len(rows)), rows))
     shuffled = sequence.copy()
     shuffled[places] = sequence[places[order]]

@@ -1,7 +1,6 @@
 """The study: its grid, what it measures of a run, what it concludes, and the regimes of the planted datasets."""
 
 import csv
-import itertools
 import json
 import os
 import shutil
@@ -15,7 +14,7 @@ import numpy as np
 import pytest
 from conftest import ROOT, last_json, run_cli
 
-from minirec import baselines, data, evaluate, files, planted, runs, statistics, study
+from minirec import data, evaluate, files, planted, runs, statistics, study
 from minirec.decompose import decompose, summarise
 from minirec.errors import UserError
 
@@ -242,23 +241,6 @@ def test_shuffling_moves_only_what_the_model_sees_before_the_target():
     assert sorted(shuffled[2:7]) == list(range(2, 7)) and sorted(shuffled[14:19]) == list(range(14, 19))
     unmoved = [*range(2), *range(7, 14), 19]
     assert list(shuffled[unmoved]) == unmoved and (shuffled != sequence).any()
-
-
-def test_baselines_equal_counting_by_hand(rng):
-    sequences = [rng.integers(12, size=rng.integers(3, 9)).tolist() for _ in range(40)]
-    names = [str(i) for i in range(12)]
-    offsets = np.cumsum([0] + [len(s) for s in sequences])
-    log = data.Log([str(u) for u in range(40)], names, offsets, np.concatenate(sequences).astype(np.int32))
-    split = data.leave_one_out(log)
-    found = baselines.rank_baselines(log, split, split.test)
-    trained = [s[:-2] for s in sequences]
-    popularity = [sum(s.count(i) for s in trained) for i in range(12)]
-    for case, sequence in enumerate(sequences):
-        *history, target = sequence
-        follows = [sum(pair == (history[-1], i) for s in trained for pair in itertools.pairwise(s)) for i in range(12)]
-        for name, score in (("popularity", popularity), ("transitions", list(zip(follows, popularity, strict=True)))):
-            ahead = sum(score[i] >= score[target] for i in range(12) if i not in history and i != target)
-            assert found[name][case] == (evaluate.MISS if target in history else ahead)
 
 
 def test_a_verdict_is_no_stronger_than_its_seeds():
