@@ -38,7 +38,7 @@ from minirec.backend import load as load_backend
 from minirec.data import FORMATS, SPLITS, Cases, k_core, read_log, renumbered, training_windows
 from minirec.decompose import RATIOS, contributions, summarise
 from minirec.decompose import decompose as decompose_sequences
-from minirec.describe import describe
+from minirec.describe import count_unreachable, describe
 from minirec.errors import UserError
 from minirec.evaluate import CUTOFFS, MISS, metrics, rank_targets
 from minirec.evaluate import recommend as recommend_items
@@ -51,8 +51,9 @@ from minirec.workers import abort, launched_rank, launched_ranks, usable_cores, 
 
 DEFAULT_DATA = "household"
 CATALOGUE = Path(__file__).parent / "datasets" / "catalogue.json"
-TRAINING_OPTIONS = ("loss", "negatives", "epochs", "batch_size", "lr", "patience", "seed", "backend")
+TRAINING_OPTIONS = ("loss", "negatives", "epochs", "batch_size", "lr", "patience", "seed", "backend", "filter_seen")
 EPOCHS, EPOCHS_EMBEDDED = 200, 100  # of a study: the embedded datasets must show their regimes in minutes
+MANY_REPEATS = 0.2  # of the targets; where more are items that the user had before, people buy again
 SIZE = click.IntRange(1, 1 << 24)
 LONGEST_NAME = 60  # characters of a folder that is named after a log, of a name in a message
 FEW = 3  # names that a message shows of many
@@ -181,6 +182,15 @@ backend_option = click.option("--backend", type=click.Choice(backend.BACKENDS), 
 workers_option = click.option(
     "--workers", type=click.IntRange(min=1), help="How many work at a time [default: all usable cores]."
 )
+
+
+def filter_seen_option(default):
+    """Return the option that says whether items that a user has had are candidates; None: as the run was trained."""
+    words = "Rank only items that the user has not had; where people buy again, all items."
+    words += " [default: as trained]" if default is None else ""
+    return click.option("--filter-seen/--no-filter-seen", default=default, show_default=bool(default), help=words)
+
+
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object, nothing else, on stdout.")
 
 
@@ -241,6 +251,13 @@ class Run:
 
     def items(self):
         return runs.load_items(self.folder, self.config)
+
+    def filter_seen(self, wanted):
+        """Return whether items that the user has had are no candidates; wanted None: as trained."""
+        trained = self.settings["training"]["filter_seen"]
+        if wanted is None and not trained:
+            say("as the run was trained, items that the user has had are candidates (--filter-seen removes them)")
+        return trained if wanted is None else wanted
 
 
 @click.group(
@@ -357,6 +374,7 @@ def versions():
 @click.option("--patience", type=click.IntRange(min=1), default=10, show_default=True, help="Epochs without a gain.")
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True)
 @workers_option
+@filter_seen_option(True)
 @click.option(
     "--mpi-buffers",
     type=click.Choice(["host", "device"]),
@@ -412,6 +430,8 @@ def train(ctx, out, resume, as_json, mpi_buffers, **options):
     say(f"{options['data']}: {len(log.users):,} users, {len(log.items):,} items, {len(log.sequence):,} interactions")
     if without := len(log.users) - len(split.test.users):
         say(f"{without:,} of the users have no test target and are kept for training only")
+    if options["filter_seen"]:
+        remark_on_repeats(count_unreachable(log, split.test), len(split.test.users))
     say(f"{config.attn} attention, {config.n_blocks} blocks, D = {config.hidden_size} -> {folder}")
 
     try:
@@ -427,7 +447,8 @@ def train(ctx, out, resume, as_json, mpi_buffers, **options):
         ctx.exit(INTERRUPTED)
 
     chosen = best(records)
-    test = _evaluate(Run(folder, "train", options["backend"]), log, config, "test", True, workers)
+    run = Run(folder, "train", options["backend"])
+    test = _evaluate(run, log, config, "test", options["filter_seen"], workers)
     say(f"{time.perf_counter() - began:.0f} s; kept epoch {chosen['epoch']} of {len(records)}, the best on validation")
     if as_json:
         totals = {name: sum(record[name] for record in records) for name in ("steps", "train_seconds")}
@@ -515,6 +536,16 @@ def _train_with_progress(log, settings, folder, resume, asked_to_stop, ranks):
         return train_model(log, settings, folder, resume, on_step, on_epoch, stop, ranks)
 
 
+def remark_on_repeats(unreachable, n_targets):
+    """Say how many targets filter-seen makes impossible, if any; where there are many, name the option to keep them."""
+    if unreachable:
+        many = unreachable > MANY_REPEATS * n_targets
+        say(
+            f"{unreachable:,} of {n_targets:,} targets are items the user had before: with --filter-seen they cannot "
+            "be hit and count as misses" + ("; where people buy again, use --no-filter-seen" if many else "")
+        )
+
+
 def _evaluate(run, log, config, part, filter_seen, workers):
     """Return metrics of a run on one part of a log, and how many targets cannot be hit for what reason."""
     with run.telling_settings():
@@ -531,11 +562,6 @@ def _evaluate(run, log, config, part, filter_seen, workers):
             done += len(chunk)
             update(len(chunk))
     unreachable = int((ranks[ranked] >= MISS).sum())
-    if unreachable:
-        say(
-            f"{unreachable:,} of {len(ranks):,} targets are items the user had before: "
-            "with --filter-seen they cannot be hit and count as misses"
-        )
     return {"split": part} | metrics(ranks) | {"users": len(ranks), "unreachable": unreachable} | missed
 
 
@@ -594,6 +620,7 @@ def metrics_table(values, title):
 @click.option("--max-length", type=SIZE, help="Latest items kept [default: 200 for long histories, else 50].")
 @click.option("--dropout", type=Number(0, 1, max_open=True), help="[default: 0.2 for dense logs, else 0.5].")
 @backend_option
+@filter_seen_option(True)
 @click.option("--workers", type=click.IntRange(min=1), help="Runs at a time [default: all usable cores].")
 @click.option("--out", type=click.Path(path_type=Path), help="[default: runs/study, or runs/study-LOG].")
 @json_option
@@ -680,7 +707,8 @@ def _study_dataset(path, options):
         "data": source,
         "model": asdict(Config(len(log.items), max_length=length, dropout=rate)),
         "training": {param.name: param.default for param in train.params if param.name in TRAINING_OPTIONS}
-        | {"epochs": epochs, "patience": options["patience"], "backend": options["backend"], "protocol": runs.PROTOCOL},
+        | {"epochs": epochs, "protocol": runs.PROTOCOL}
+        | {name: options[name] for name in ("patience", "backend", "filter_seen")},
         "versions": versions(),
     }
     split = runs.split_log(log, settings)
@@ -688,6 +716,8 @@ def _study_dataset(path, options):
         f"{log_name(path)}: {len(log.users):,} users, {len(log.items):,} items, {len(log.sequence):,} interactions; "
         f"{len(split.test.users):,} test users; the last {length} items, dropout {rate}, {epochs} epochs at most"
     )
+    if options["filter_seen"]:
+        remark_on_repeats(count_unreachable(log, split.test), len(split.test.users))
     if not len(split.test.users) or not len(training_windows(log, split, length)[0]):
         raise UserError(f"{path}: too small for a {source['split']} split: no user to test on, or nothing to train on")
     return studying.Dataset(log_name(path), log, settings)
@@ -771,6 +801,8 @@ def study_table(name, result, times):
         lines.append(
             f"  {result['unreachable']:,} of {result['test_users']:,} targets are items the user had before: misses"
         )
+    if not result["filter_seen"]:
+        lines.append("  items that the user had before are candidates (--no-filter-seen)")
     return "\n".join(lines)
 
 
@@ -794,7 +826,7 @@ def effect_lines(title, comparisons):
 @run_argument
 @any_data_option
 @click.option("--split", type=click.Choice(["valid", "test"]), default="test", show_default=True)
-@click.option("--filter-seen/--no-filter-seen", default=True, help="Rank only items that the user has not had.")
+@filter_seen_option(None)
 @click.option("--attn", type=click.Choice(known_weightings()), help="Replace the trained weighting.")
 @click.option("--attn-blocks", metavar="I,J", help="Replace it in these blocks only; 0 is the first.")
 @backend_option
@@ -816,12 +848,14 @@ def evaluate(run, data, split, filter_seen, attn, attn_blocks, backend, workers,
     config = run.config
     if attn:
         config = replace(config, attn=_substitute(config, attn, attn_blocks))
+    filter_seen = run.filter_seen(filter_seen)
     result = _evaluate(run, run.any_log(to_split=True), config, split, filter_seen, workers)
-    weightings = config.weightings if len(set(config.weightings)) > 1 else config.weightings[:1]
+    remark_on_repeats(result["unreachable"], result["users"])
     if as_json:
         say_json(result | {"attn": list(config.weightings), "filter_seen": filter_seen})
     else:
-        click.echo(metrics_table(result, f"{split}, {'+'.join(weightings)}"))
+        weightings = "+".join(config.weightings if len(set(config.weightings)) > 1 else config.weightings[:1])
+        click.echo(metrics_table(result, f"{split}, {weightings}"))
 
 
 def _substitute(config, attn, attn_blocks):
@@ -905,11 +939,12 @@ def _write_decomposition(folder, result, users):
 @click.option("--top", type=click.IntRange(min=1), default=10, show_default=True, help="How many items.")
 @click.option("--explain", is_flag=True, help="Show which history items the prediction is made of.")
 @click.option("--out", type=click.Path(path_type=Path, dir_okay=False), help="The CSV file for --all and --users.")
+@filter_seen_option(None)
 @backend_option
 @workers_option
 @json_option
-def recommend(run, data, user, history, users, everyone, top, explain, out, backend, workers, as_json):
-    """Which unseen items does a model rank highest, and why?
+def recommend(run, data, user, history, users, everyone, top, explain, out, filter_seen, backend, workers, as_json):
+    """Which items does a model rank highest, and why?
 
     Users and histories are those of the log that the model was trained on, or of another one with --data: what
     the model does not know of it is left out.
@@ -929,9 +964,9 @@ def recommend(run, data, user, history, users, everyone, top, explain, out, back
     if data and history is not None:
         raise click.UsageError("--data is for users of a log; --history needs none.")
     run = Run(run, "recommend", backend, data)
-    items = run.items()
+    items, filter_seen = run.items(), run.filter_seen(filter_seen)
     if many:
-        summary = _recommend_many(run, items, users, top, out, workers)
+        summary = _recommend_many(run, items, users, top, out, filter_seen, workers)
         if as_json:
             say_json(summary)
         return
@@ -941,7 +976,7 @@ def recommend(run, data, user, history, users, everyone, top, explain, out, back
     else:
         user, sequence, left_out = _user_history(run, items, user)
         result = {"user": user}
-    ((order, scores),) = recommend_items(run.parameters, run.config, [sequence], top)
+    ((order, scores),) = recommend_items(run.parameters, run.config, [sequence], top, filter_seen=filter_seen)
     if np.isneginf(scores[0]).all():
         say("nothing to recommend: the history holds every item")
     best = [
@@ -1010,7 +1045,7 @@ def _user_history(run, items, user):
     return user, sequence, left_out
 
 
-def _recommend_many(run, items, names_path, top, out, workers):
+def _recommend_many(run, items, names_path, top, out, filter_seen, workers):
     """Write user,rank,item,score for all users of the log, or for those that a file names; return what --json says.
 
     They are written as they are ranked: nothing here grows with their number but a number for each.
@@ -1029,21 +1064,22 @@ def _recommend_many(run, items, names_path, top, out, workers):
         if not known.any():
             raise UserError(text)
         say(text)
-    written = files.write(out, lambda file: _write_lists(file, run, log, items, users[known], top, workers))
+    shown = users[known]
+    written = files.write(out, lambda file: _write_lists(file, run, log, items, shown, top, filter_seen, workers))
     if without := int(known.sum()) - written:
         say(f"no list for {without:,} of {len(users):,} users, who have had every item")
     say(f"wrote {out}: {written:,} users")
     return {"out": str(out), "users": written, "left_out": len(users) - written + unknown}
 
 
-def _write_lists(file, run, log, items, users, top, workers):
+def _write_lists(file, run, log, items, users, top, filter_seen, workers):
     """Write the rows of some users, by their numbers in the log, to a file; return for how many there was a list."""
     writer = csv.writer(SimpleNamespace(write=lambda text: file.write(text.encode())), lineterminator="\n")
     writer.writerow(("user", "rank", "item", "score"))
     histories = (log.history(u) for u in users)
     done = written = 0
     with worker_map(workers or usable_cores(), run.xp) as run_map, progress("recommending", len(users)) as update:
-        for order, scores in recommend_items(run.parameters, run.config, histories, top, run_map):
+        for order, scores in recommend_items(run.parameters, run.config, histories, top, run_map, filter_seen):
             chunk = users[done : done + len(order)]  # no iterator: zip would take a user too many from it
             for user, row, row_scores in zip(chunk, order, scores, strict=True):
                 for rank, (item, score) in enumerate(zip(row, row_scores, strict=True), 1):
@@ -1365,6 +1401,8 @@ def description(result, split):
     if held["test_users"]:
         seen = f"{share(held['unreachable'], held['test_users'])} of the test targets are items the user had before"
         lines.append(("", seen + (": never hit with filter-seen" if held["unreachable"] else "")))
+        if held["unreachable"] > MANY_REPEATS * held["test_users"]:
+            lines.append(("", "where people buy again, study and train with --no-filter-seen"))
     lines += [(f"{k}-core", size(core)) for k, core in result["k_core"].items()]
     length, dropout = result["study"]["max_length"], result["study"]["dropout"]
     lines.append(("study", f"takes the last {length} items and dropout {dropout}"))

@@ -128,12 +128,12 @@ def best_of(scores, k):
     return columns, np.take_along_axis(scores, columns, axis=1)
 
 
-def recommend(parameters, config, histories, k, run=map):
-    """Return the k best unseen items for each history, as (items [c, k], scores [c, k]) a chunk, in order.
+def recommend(parameters, config, histories, k, run=map, filter_seen=True):
+    """Return the k best items for each history, as (items [c, k], scores [c, k]) a chunk, in order.
 
     histories: an iterable of integer arrays, oldest item first, none empty; it is read a chunk at a time, so that
-    there may be more of them than memory holds. Equal scores: lower item number first. Where fewer than k items are
-    unseen, the rest have score -inf.
+    there may be more of them than memory holds. Equal scores: lower item number first. With filter_seen only unseen
+    items are candidates; where fewer than k are, the rest have score -inf.
     """
     items = parameters["item_embedding"]
     rows = chunk_rows(get_array_module(items), config.n_items, items.dtype.itemsize)
@@ -145,7 +145,8 @@ def recommend(parameters, config, histories, k, run=map):
         x = last_representations(parameters, config, sequence, stops - lengths, stops)
         check_scores(x, largest)
         scores = x @ items.T  # [c, V]
-        remove_seen(scores, sequence, stops - lengths, stops)
+        if filter_seen:
+            remove_seen(scores, sequence, stops - lengths, stops)
         return best_of(to_host(scores), k)
 
     def read():

@@ -45,6 +45,7 @@ from minirec.workers import usable_cores, worker_map
 USERS = 50  # to pick from; fewer where histories are long
 ROOM = 2_400_000  # characters for all rows of weights and norms: it bounds the page
 TOP, LOOKED_UP = 10, 100  # items recommended; ranks in which their place under the trained weighting is looked up
+ALL_CANDIDATES = "all items, also those that the user had before (--no-filter-seen)"
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-_"  # 6 bits each
 LEVELS = len(LETTERS) ** 2 - 1
 
@@ -130,6 +131,7 @@ def describe_run(folder, settings, parameters, log, progress=silent):
     settings, parameters, log: as from runs; progress(label, length): a context that yields update(n).
     """
     config, records = runs.model_config(settings), runs.load_records(folder)
+    filter_seen = settings["training"]["filter_seen"]
     test = runs.split_log(log, settings).test
     trained = "+".join(dict.fromkeys(config.weightings))
     # Softmax is never put in: where it was not trained, W_q and W_k are as drawn.
@@ -140,14 +142,14 @@ def describe_run(folder, settings, parameters, log, progress=silent):
         with progress("ranking", len(configs) * len(histories)) as update:
             for put_in in configs.values():
                 found = []
-                for chunk in rank_targets(parameters, put_in, log.sequence, test, run=run):
+                for chunk in rank_targets(parameters, put_in, log.sequence, test, filter_seen, run):
                     found.append(chunk)
                     update(len(chunk))
                 ranks.append(np.concatenate(found))
         with progress("decomposing", sum(min(len(h), config.max_length) for h in histories)) as update:
             decomposed = decompose(parameters, config, histories, run, update)
         with progress("taking apart", 1 + 2 * len(configs)) as update:
-            users, items = explorer(parameters, configs, log, test, run, update)
+            users, items = explorer(parameters, configs, log, test, run, update, filter_seen)
     return {
         "kind": "run",
         "title": f"{log_name(settings)}, {trained} attention",
@@ -157,6 +159,7 @@ def describe_run(folder, settings, parameters, log, progress=silent):
         "curves": {name: [rounded(record.get(name)) for record in records] for name in ("loss", runs.SELECTED_BY)},
         "best_epoch": best(records)["epoch"] if records else None,
         "n_items": config.n_items,
+        "filter_seen": filter_seen,
         "n_test": len(histories),
         "users": users,
         "items": [legible(log.items[i]) for i in items],
@@ -191,10 +194,12 @@ def run_facts(folder, settings, log, records, test, ranks):
     }
     if unreachable:
         facts["Misses"] = f"{unreachable:,} of the test targets are items that the user had before: no candidates"
+    if not training["filter_seen"]:
+        facts["Candidates"] = ALL_CANDIDATES
     return list(map(list, facts.items()))
 
 
-def explorer(parameters, configs, log, test, run=map, progress=lambda n: None):
+def explorer(parameters, configs, log, test, run=map, progress=lambda n: None, filter_seen=True):
     """Return the users that one can pick, each with the latest positions of the history, and the items they name.
 
     configs: {weighting: Config}, the trained one first. A position is looked at as it was at its time: the model
@@ -219,8 +224,8 @@ def explorer(parameters, configs, log, test, run=map, progress=lambda n: None):
     progress(1)
     tops, ranks = [], []
     for config in configs.values():
-        tops.append(top_items(parameters, config, histories, run))
-        ranks.append(np.concatenate(list(rank_targets(parameters, config, log.sequence, cases, run=run))))
+        tops.append(top_items(parameters, config, histories, run, filter_seen))
+        ranks.append(np.concatenate(list(rank_targets(parameters, config, log.sequence, cases, filter_seen, run))))
         progress(2)
 
     places = {}  # item -> its place among those that the page names
@@ -249,11 +254,11 @@ def explorer(parameters, configs, log, test, run=map, progress=lambda n: None):
     return list(users.values()), list(places)
 
 
-def top_items(parameters, config, histories, run=map):
+def top_items(parameters, config, histories, run=map, filter_seen=True):
     """Return the LOOKED_UP best items for each history, a list each, best first (see evaluate.recommend)."""
     return [
         [int(item) for item, score in zip(items, scores, strict=True) if score > -np.inf]
-        for chunk in recommend(parameters, config, histories, LOOKED_UP, run)
+        for chunk in recommend(parameters, config, histories, LOOKED_UP, run, filter_seen)
         for items, scores in zip(*chunk, strict=True)
     ]
 
@@ -331,7 +336,8 @@ def describe_result(name, result):
     facts = {
         "Log": f"{result['users']:,} users, {result['items']:,} items, {result['interactions']:,} interactions",
         "Split": f"{result['split']}, {result['test_users']:,} test users"
-        + (f"; {unreachable:,} targets are items that the user had before: misses" if unreachable else ""),
+        + (f"; {unreachable:,} targets are items that the user had before: misses" if unreachable else "")
+        + ("" if result.get("filter_seen", True) else f"; candidates are {ALL_CANDIDATES}"),
         "Model": f"the last {result['max_length']} items, dropout {result['dropout']}",
         "Runs": f"{n} seed{'s' * (n > 1)} of each weighting",
         "Epochs": "; ".join(f"{attn} {', '.join(map(str, epochs))}" for attn, epochs in result["epochs"].items())

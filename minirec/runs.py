@@ -192,16 +192,21 @@ SETTINGS = {  # what config.json must hold; a rule says whether a value will do
         "seed": _number(0),
         **{name: _number(1, LARGEST) for name in ("negatives", "batch_size")},
         **{name: _number(1) for name in ("epochs", "patience", "workers")},
+        "filter_seen": lambda x: isinstance(x, bool),
     },
 }
 
 
 def load_settings(folder):
-    """Return a run's config.json. Raises UserError where the folder is not a run."""
+    """Return a run's config.json. Raises UserError where the folder is not a run.
+
+    A run from before there was a choice says nothing of filter_seen: its seen items were no candidates.
+    """
     if not os.path.exists(folder / "config.json"):
         raise UserError(f"{folder}: not a run folder (no config.json); python cli.py train makes one")
     settings = read_json(folder / "config.json", LARGEST_CONFIG)
     try:
+        settings["training"].setdefault("filter_seen", True)
         for part, rules in SETTINGS.items():
             for name, rule in rules.items():
                 if not rule(settings[part].get(name)):
@@ -343,6 +348,8 @@ def settings_fingerprint(settings):
     """Return the SHA-256 of the settings that a run cannot change half-way."""
     fixed = fixed_settings(settings)
     fixed |= {name: float(fixed[name]) for name in ("lr", "dropout")}  # 1 and 1.0 are written differently
+    if fixed["filter_seen"]:
+        del fixed["filter_seen"]  # so that the states of runs that say nothing of it go on
     return hashlib.sha256(json.dumps(fixed, sort_keys=True).encode()).hexdigest()
 
 
@@ -378,7 +385,8 @@ def load_records(folder, n=None):
 
 def fixed_settings(settings):
     """Return, as {name: value}, the settings that a run cannot change half-way, as JSON gives them back."""
-    training = {name: settings["training"].get(name) for name in ("loss", "negatives", "batch_size", "lr", "seed")}
+    names = ("loss", "negatives", "batch_size", "lr", "seed", "filter_seen")
+    training = {name: settings["training"].get(name) for name in names}
     training["protocol"] = settings["training"].get("protocol", 1)
     source = {name: settings["data"][name] for name in ("format", "columns", "split", "k_core", "drop_repeats")}
     fixed = settings["model"] | training | source | {"log (SHA-256)": settings["data"]["sha256"]}

@@ -128,6 +128,7 @@ def analyse(log, settings, folder, stop=None):
     shuffled ("shuffled") and, for softmax, with uniform weights put in ("uniform", and "uniform.I" in block I).
     """
     config, xp = runs.model_config(settings), backend.load(settings["training"]["backend"])
+    filter_seen = settings["training"]["filter_seen"]
     test = runs.split_log(log, settings).test
     shuffled = shuffle_histories(log.sequence, test, config.max_length, settings["training"]["seed"])
     wanted = {"test": (config, log.sequence), "shuffled": (config, shuffled)}
@@ -141,11 +142,11 @@ def analyse(log, settings, folder, stop=None):
         for name, (put_in, sequence) in wanted.items():
             if stop and stop():
                 return False
-            ranks[name] = np.concatenate(list(rank_targets(parameters, put_in, sequence, test, run=run)))
+            ranks[name] = np.concatenate(list(rank_targets(parameters, put_in, sequence, test, filter_seen, run)))
         few, seconds = Cases(*(column[:TIMED] for column in test)), []
         for _ in range(3):
             began = time.perf_counter()
-            list(rank_targets(parameters, config, log.sequence, few, run=run))
+            list(rank_targets(parameters, config, log.sequence, few, filter_seen, run))
             seconds.append(time.perf_counter() - began)
         analysis = {"milliseconds_per_user": 1e3 * min(seconds) / len(few.users)}
         if config.attn == "softmax":
@@ -316,8 +317,9 @@ def collect(jobs):
 
 def rank_log_baselines(job):
     """Return the ranks [M] of the baselines on a job's log, computed anew."""
-    split = runs.split_log(job.dataset.log, job.dataset.settings)
-    return rank_baselines(job.dataset.log, split, split.test)
+    log, settings = job.dataset.log, job.dataset.settings
+    split = runs.split_log(log, settings)
+    return rank_baselines(log, split, split.test, settings["training"]["filter_seen"])
 
 
 def describe_dataset(job, arms, seeds, baselines):
@@ -338,6 +340,7 @@ def describe_dataset(job, arms, seeds, baselines):
         "test_users": len(arms["softmax"][0][1]["test"]),
         "unreachable": int((arms["softmax"][0][1]["test"] >= MISS).sum()),
         "split": job.dataset.settings["data"]["split"],
+        "filter_seen": job.dataset.settings["training"]["filter_seen"],
         "max_length": model["max_length"],
         "dropout": model["dropout"],
         "seeds": seeds,

@@ -125,8 +125,9 @@ class Progress:
         self.check_finite(losses)
         parameters, ranks = unflatten(self.team.parameters, self.config), self.team.ranks
         share = Cases(*(column[ranks.rank :: ranks.size] for column in valid))
+        filter_seen = self.training["filter_seen"]
         with worker_map(self.training["workers"], self.team.xp) as run_map:
-            own = list(rank_targets(parameters, self.config, sequence, share, run=run_map))
+            own = list(rank_targets(parameters, self.config, sequence, share, filter_seen, run_map))
         found = np.empty(len(valid.stops), np.int64)
         for rank, part in enumerate(ranks.gather(own)):
             found[rank :: ranks.size] = np.concatenate(part) if part else []

@@ -35,7 +35,7 @@ def small():
     )
     config = Config(20, hidden_size=8, max_length=6)
     training = {"loss": "ce", "negatives": 7, "epochs": 3, "batch_size": 16, "lr": 0.01, "patience": 10, "seed": 1}
-    training |= {"backend": "numpy", "workers": 1}
+    training |= {"backend": "numpy", "workers": 1, "filter_seen": True}
     source = {"path": "?", "sha256": log.sha256(), "format": None, "columns": None}
     source |= {"split": "leave-one-out", "k_core": 1, "drop_repeats": False}
     return log, {"data": source, "model": asdict(config), "training": training}

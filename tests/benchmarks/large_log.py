@@ -80,7 +80,13 @@ def watch_training(path, folder, n_steps):
         "versions": {},
     }
     settings["data"] |= {"k_core": 1, "drop_repeats": False}
-    settings["training"] |= {"patience": 1, "seed": 0, "backend": "numpy", "workers": usable_cores()}
+    settings["training"] |= {
+        "patience": 1,
+        "seed": 0,
+        "backend": "numpy",
+        "workers": usable_cores(),
+        "filter_seen": True,
+    }
     taken, samples = 0, []
 
     def on_step(epoch, i, of, loss):
