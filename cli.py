@@ -35,6 +35,7 @@ from minirec import study as studying
 from minirec import trace as tracing
 from minirec.attention import known_weightings
 from minirec.backend import load as load_backend
+from minirec.baselines import rank_baselines
 from minirec.data import FORMATS, SPLITS, Cases, k_core, read_log, renumbered, training_windows
 from minirec.decompose import RATIOS, contributions, summarise
 from minirec.decompose import decompose as decompose_sequences
@@ -448,15 +449,15 @@ def train(ctx, out, resume, as_json, mpi_buffers, **options):
 
     chosen = best(records)
     run = Run(folder, "train", options["backend"])
-    test = _evaluate(run, log, config, "test", options["filter_seen"], workers)
+    test, counted = _evaluate(run, log, config, "test", options["filter_seen"], workers)
     say(f"{time.perf_counter() - began:.0f} s; kept epoch {chosen['epoch']} of {len(records)}, the best on validation")
     if as_json:
         totals = {name: sum(record[name] for record in records) for name in ("steps", "train_seconds")}
         valid = {name: value for name, value in chosen.items() if "@" in name}
         result = {"run": str(folder), "epochs": len(records), "best_epoch": chosen["epoch"], "loss": chosen["loss"]}
-        say_json(result | totals | {"valid": valid, "test": test})
+        say_json(result | totals | {"valid": valid, "test": test, "baselines": counted})
     else:
-        click.echo(metrics_table(test, f"test, {config.attn}"))
+        click.echo(metrics_table("test", {config.attn: test} | counted))
         say("next: python cli.py evaluate --attn uniform; python cli.py decompose; python cli.py recommend")
 
 
@@ -547,9 +548,11 @@ def remark_on_repeats(unreachable, n_targets):
 
 
 def _evaluate(run, log, config, part, filter_seen, workers):
-    """Return metrics of a run on one part of a log, and how many targets cannot be hit for what reason."""
+    """Return metrics of a run on one part of a log, with how many targets cannot be hit for what reason, and
+    {baseline: metrics} of the rankings by counts; none for another log than that whose training part was trained on."""
     with run.telling_settings():
-        wanted = getattr(runs.split_log(log, run.settings), part)
+        split = runs.split_log(log, run.settings)
+        wanted = getattr(split, part)
         if not len(wanted.users):
             raise UserError(f"{run.settings['data']['path']}: no user has a target for {part}")
     sequence, cases, ranked, missed = log.sequence, wanted, np.arange(len(wanted.users)), {}
@@ -561,8 +564,19 @@ def _evaluate(run, log, config, part, filter_seen, workers):
             ranks[ranked[done : done + len(chunk)]] = chunk
             done += len(chunk)
             update(len(chunk))
-    unreachable = int((ranks[ranked] >= MISS).sum())
-    return {"split": part} | metrics(ranks) | {"users": len(ranks), "unreachable": unreachable} | missed
+    unreachable, result = int((ranks[ranked] >= MISS).sum()), metrics(ranks)
+    counted = {} if run.another else _count(log, split, part, filter_seen, result[SELECTED_BY])
+    return {"split": part} | result | {"users": len(ranks), "unreachable": unreachable} | missed, counted
+
+
+def _count(log, split, part, filter_seen, reached):
+    """Return {baseline: metrics} of the rankings by counts; say which of them beat `reached`, the model's metric."""
+    ranks = rank_baselines(log, split, getattr(split, part), filter_seen)
+    counted = {name: metrics(found) for name, found in ranks.items()}
+    if better := {name: m[SELECTED_BY] for name, m in counted.items() if m[SELECTED_BY] > reached}:
+        names = " and ".join(f"{name} ({value:.4f})" for name, value in better.items())
+        say(f"counting beats the model: {part} {SELECTED_BY} {reached:.4f}, by {names}")
+    return counted
 
 
 def _known_cases(run, log, cases):
@@ -600,13 +614,16 @@ def _known_part(run, log, items):
     return known, moved
 
 
-def metrics_table(values, title):
-    """Return the metrics as lines of text, a row a cutoff."""
-    lines = [f"{title:>22}  " + "".join(f"{name:>9}" for name in ("HR", "NDCG", "MRR"))]
+def metrics_table(part, columns):
+    """Return metrics as lines of text, a row a cutoff; columns: {what ranked: its metrics}, the baselines last."""
+    names, width = ("HR", "NDCG", "MRR"), 24
+    lines = [
+        f"{part:<6}" + "".join(f"{title[:width]:>{width}}" for title in columns),
+        f"{'':<6}" + "".join(f"{name:>{width // len(names)}}" for name in names) * len(columns),
+    ]
     for k in CUTOFFS:
-        lines.append(
-            f"{'@' + str(k):>22}  " + "".join(f"{values[f'{name}@{k}']:9.4f}" for name in ("HR", "NDCG", "MRR"))
-        )
+        cells = (f"{values[f'{name}@{k}']:{width // len(names)}.4f}" for values in columns.values() for name in names)
+        lines.append(f"{'@' + str(k):>6}" + "".join(cells))
     return "\n".join(lines)
 
 
@@ -835,8 +852,10 @@ def effect_lines(title, comparisons):
 def evaluate(run, data, split, filter_seen, attn, attn_blocks, backend, workers, as_json):
     """How well does a model rank? HR, NDCG and MRR over all items.
 
-    --attn replaces the attention weights of the trained model: does it need those that it learned?
-    Another log with --data is split as the run's; targets that the model does not know are misses.
+    Beside the model stand two rankings by counts, which learn nothing: popularity, and transitions, how often an item
+    followed the user's last one. --attn replaces the attention weights of the trained model: does it need those that it
+    learned? Another log with --data is split as the run's; targets that the model does not know are misses, and counts
+    of what it was trained on are not at hand.
 
     \b
     python cli.py evaluate runs/household-softmax-1 --attn uniform --attn-blocks 1
@@ -849,13 +868,13 @@ def evaluate(run, data, split, filter_seen, attn, attn_blocks, backend, workers,
     if attn:
         config = replace(config, attn=_substitute(config, attn, attn_blocks))
     filter_seen = run.filter_seen(filter_seen)
-    result = _evaluate(run, run.any_log(to_split=True), config, split, filter_seen, workers)
+    result, counted = _evaluate(run, run.any_log(to_split=True), config, split, filter_seen, workers)
     remark_on_repeats(result["unreachable"], result["users"])
     if as_json:
-        say_json(result | {"attn": list(config.weightings), "filter_seen": filter_seen})
+        say_json(result | {"attn": list(config.weightings), "filter_seen": filter_seen, "baselines": counted})
     else:
         weightings = "+".join(config.weightings if len(set(config.weightings)) > 1 else config.weightings[:1])
-        click.echo(metrics_table(result, f"{split}, {weightings}"))
+        click.echo(metrics_table(split, {weightings: result} | counted))
 
 
 def _substitute(config, attn, attn_blocks):

@@ -1,5 +1,6 @@
-"""Logs in which people buy again: seen items are candidates or not, the same in every command."""
+"""Logs in which people buy again: seen items are candidates or not, the same in every command; and counts beside it."""
 
+import importlib
 import json
 import shutil
 from dataclasses import replace
@@ -64,6 +65,10 @@ def test_training_validates_and_tests_as_ranked_by_hand(trained_runs, filter_see
         assert (ranks[True] != ranks[False]).mean() > 0.5
         assert close(found, evaluate.metrics(ranks[filter_seen]))
     assert printed["test"]["unreachable"] == int((ranks[filter_seen] == evaluate.MISS).sum())
+    counted = counted_by_hand(log, split, split.test, filter_seen)
+    assert set(printed["baselines"]) == {"popularity", "transitions"}
+    for name, ranks in counted.items():
+        assert close(printed["baselines"][name], evaluate.metrics(ranks))
 
 
 @pytest.mark.parametrize("filter_seen", [True, False])
@@ -78,6 +83,8 @@ def test_evaluate_is_as_trained_unless_it_is_told_otherwise(trained_runs, filter
     found = last_json(result)
     assert found["split"] == part and found["filter_seen"] is wanted
     assert close(found, evaluate.metrics(ranked_by_hand(parameters, config, log, getattr(split, part), wanted)))
+    for name, ranks in counted_by_hand(log, split, getattr(split, part), wanted).items():
+        assert close(found["baselines"][name], evaluate.metrics(ranks))
     assert ("as the run was trained" in result.stderr) == (option is None and not filter_seen)
 
 
@@ -254,3 +261,51 @@ def test_the_option_is_named_where_more_than_a_fifth_of_the_targets_are_repeats(
 def test_the_description_of_a_log_names_the_option_too(bought_again):
     assert "study and train with --no-filter-seen" in call_cli("data", bought_again).stdout
     assert "--no-filter-seen" not in call_cli("data", "household").stdout
+
+
+def test_counts_stand_beside_the_model_and_one_line_says_where_they_beat_it(trained_runs, bought_again, monkeypatch):
+    folder, _ = trained_runs[True]
+    found = last_json(call_cli("evaluate", folder, "--json"))
+    shown = call_cli("evaluate", folder).stdout.splitlines()
+    assert shown[0].split() == ["test", "softmax", "popularity", "transitions"] and max(map(len, shown)) < 80
+    assert shown[1].split() == ["HR", "NDCG", "MRR"] * 3
+    values = [found, *found["baselines"].values()]
+    for k, line in zip(evaluate.CUTOFFS, shown[2:], strict=True):
+        assert line.split() == [f"@{k}", *(f"{v[f'{name}@{k}']:.4f}" for v in values for name in ("HR", "NDCG", "MRR"))]
+
+    monkeypatch.syspath_prepend(ROOT)
+    cli = importlib.import_module("cli")
+    never, always = np.full(found["users"], evaluate.MISS), np.zeros(found["users"], int)
+    for popularity, transitions, words in (
+        (never, never, None),
+        (always, never, f"counting beats the model: test NDCG@10 {found['NDCG@10']:.4f}, by popularity (1.0000)"),
+        (always, always, f"{found['NDCG@10']:.4f}, by popularity (1.0000) and transitions (1.0000)"),
+    ):
+        counted = {"popularity": popularity, "transitions": transitions}
+        monkeypatch.setattr(cli, "rank_baselines", lambda *_, counted=counted: counted)
+        lines = [line for line in call_cli("evaluate", folder).stderr.splitlines() if "counting beats" in line]
+        assert len(lines) == (words is not None) and all(line.endswith(words) for line in lines)
+
+
+def test_beside_another_log_than_the_one_trained_on_there_are_no_counts(trained_runs, tmp_path):
+    folder, _ = trained_runs[False]
+    path = write_log(tmp_path / "today.txt", [range(u % 5, u % 5 + 7) for u in range(20)])
+    result = call_cli("evaluate", folder, "--data", path, "--json")
+    found = last_json(result)
+    assert found["baselines"] == {} and found["filter_seen"] is False and "counting" not in result.stderr
+    assert call_cli("evaluate", folder, "--data", path).stdout.splitlines()[0].split() == ["test", "softmax"]
+
+
+def test_baselines_count_the_training_part_of_a_temporal_split_too(tmp_path):
+    rng = np.random.default_rng(0)
+    rows = [f"u{rng.integers(25)},i{rng.integers(9)},{t}" for t in range(400)]
+    (tmp_path / "log.csv").write_text("\n".join(["user,item,timestamp", *rows]))
+    result = call_cli(
+        "train", "--data", tmp_path / "log.csv", "--split", "temporal", "--epochs", 1, *SMALL, "--out", tmp_path / "run"
+    )
+    assert result.exit_code == 0, result.stderr
+    _, _, log, split = opened(tmp_path / "run")
+    for part in ("valid", "test"):
+        found = last_json(call_cli("evaluate", tmp_path / "run", "--split", part, "--json"))
+        for name, ranks in counted_by_hand(log, split, getattr(split, part), True).items():
+            assert close(found["baselines"][name], evaluate.metrics(ranks))
