@@ -11,7 +11,7 @@ import itertools
 
 import numpy as np
 
-from minirec.backend import get_array_module, to_device, to_host
+from minirec.backend import get_array_module, row_sum, to_device, to_host
 from minirec.errors import UserError
 from minirec.model import forward
 from minirec.packing import chunk_rows, micro_batches, pack, plan, spans
@@ -54,6 +54,19 @@ def remove_seen(scores, sequence, starts, stops):
     scores.reshape(-1)[to_device(seen, xp)] = -xp.inf
 
 
+def rounding_error(x, items):
+    """Return by how much two scores that should be equal may differ, [c]; x, items [c, D], the target's.
+
+    A score is a sum of D products. Rounding changes each product and each partial sum by a factor 1 + delta, with
+    |delta| <= u = eps/2. A term x_d y_d meets at most D such factors. Their deltas have either sign and add up like a
+    random walk, to about sqrt(D) u. So a score is off by about sqrt(D) u sum_d |x_d y_d| at most, and the difference
+    of two scores by twice that:
+        2 sqrt(D) u sum_d |x_d y_d| = sqrt(D) eps sum_d |x_d y_d| = 8 eps sum_d |x_d y_d|        for D = 64
+    Twice that is taken, to be safe: in float32, 2e-6 of the score's size.
+    """
+    return 16 * get_array_module(x).finfo(x.dtype).eps * row_sum(abs(x) * abs(items))[:, 0]
+
+
 def ranks_of(target, scores, rounding):
     """Return how many items stand before target [c] in scores [c, V], which are exact to `rounding` [c]; MISS at -inf.
 
@@ -91,8 +104,7 @@ def rank_targets(parameters, config, sequence, cases, filter_seen=True, run=map)
             if filter_seen:
                 remove_seen(scores, sequence, starts[part], stops[part])
             target = to_device(sequence[stops[part]], xp)
-            rounding = 16 * xp.finfo(x.dtype).eps * (abs(x[part]) * abs(items[target])).sum(axis=1)
-            ranks.append(ranks_of(target, scores, rounding))
+            ranks.append(ranks_of(target, scores, rounding_error(x[part], items[target])))
         return to_host(xp.concatenate(ranks))
 
     return run(rank, chunks(len(cases.stops), CASES_AT_A_TIME))
