@@ -8,9 +8,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from minirec import data, evaluate, model
+from minirec import data, evaluate, model, packing
 from minirec.errors import UserError
 from minirec.planted import household
+from minirec.workers import worker_map
 
 CONFIG = model.Config(n_items=200, hidden_size=8, max_length=10)
 
@@ -45,6 +46,37 @@ def test_ranks_equal_those_of_a_sort(log, parameters, part, back, filter_seen):
             assert found[user] == np.flatnonzero(candidates == target)[0]
         else:
             assert found[user] == evaluate.MISS
+
+
+def plain_scores(parameters, history):
+    """The score of every item after a history [L], by the definition: [V]."""
+    (x,) = model.encode(parameters, CONFIG, [history])
+    return parameters["item_embedding"] @ x[-1]
+
+
+@pytest.fixture
+def small_chunks(monkeypatch):
+    """Rank 33 cases at a time, in chunks of 16, 16 and 1; recommend to 16 users at a time; encode a few together."""
+    monkeypatch.setattr(evaluate, "CASES_AT_A_TIME", 33)
+    monkeypatch.setattr(packing, "CPU_PLAN", packing.CPU_PLAN._replace(loss_bytes=1, micro_batch_tokens=30))
+    assert packing.chunk_rows(np, CONFIG.n_items, 8) == 16
+
+
+@pytest.mark.parametrize("filter_seen", [True, False])
+@pytest.mark.parametrize("n", [1, 17, 33, 34, 67])  # the last chunk, of either size, may hold one case
+def test_ranks_do_not_depend_on_the_chunks(log, parameters, small_chunks, n, filter_seen):
+    expected = []
+    for user in range(n):
+        *history, target = log.history(user)
+        scores = plain_scores(parameters, history)
+        if filter_seen:
+            scores[history] = -np.inf
+        expected.append(evaluate.MISS if np.isneginf(scores[target]) else (scores > scores[target]).sum())
+    cases = data.Cases(*(column[:n] for column in data.leave_one_out(log).test))
+    for n_workers in (1, 3):
+        with worker_map(n_workers, np) as run:
+            ranks = evaluate.rank_targets(parameters, CONFIG, log.sequence, cases, filter_seen, run)
+            np.testing.assert_array_equal(np.concatenate(list(ranks)), expected)
 
 
 def test_a_seen_target_is_a_miss_at_every_cutoff(log, parameters):
@@ -116,13 +148,15 @@ def test_metrics_equal_those_of_a_plain_loop(ranks):
         assert values[f"MRR@{k}"] == pytest.approx(sum(1 / (rank + 1) for rank in hits) / len(ranks))
 
 
-def test_recommendations_are_the_best_unseen_items(log, parameters):
-    histories = [log.history(u) for u in range(30)] + [np.arange(195)]
-    chunks = list(evaluate.recommend(parameters, CONFIG, histories, 7))
+@pytest.mark.parametrize("n_workers", [1, 3])
+def test_recommendations_are_the_best_unseen_items(log, parameters, small_chunks, n_workers):
+    histories = [log.history(u) for u in range(32)] + [np.arange(195)]
+    with worker_map(n_workers, np) as run:
+        chunks = list(evaluate.recommend(parameters, CONFIG, histories, 7, run))
+    assert [len(order) for order, _ in chunks] == [16, 16, 1]
     order, scores = (np.concatenate(parts) for parts in zip(*chunks, strict=True))
     for history, row, row_scores in zip(histories, order, scores, strict=True):
-        (x,) = model.encode(parameters, CONFIG, [history])
-        expected = parameters["item_embedding"] @ x[-1]
+        expected = plain_scores(parameters, history)
         expected[history] = -np.inf
         np.testing.assert_array_equal(row, np.argsort(-expected, kind="stable")[:7])
         np.testing.assert_allclose(row_scores, expected[row])
