@@ -11,12 +11,14 @@ from dataclasses import asdict
 
 import numpy as np
 import pytest
+from conftest import log_of
 
 from minirec import data, evaluate, files, runs
 from minirec.errors import UserError
 from minirec.loss import LOSSES
-from minirec.model import Config, init_parameters
+from minirec.model import Config, encode, init_parameters
 from minirec.train import best, check_finite, finished, train
+from minirec.workers import Team
 
 FILES = sorted(runs.FILES)
 DEAD = 77  # an exit status
@@ -84,6 +86,50 @@ def test_the_same_seed_gives_the_same_bits_with_any_number_of_workers(small, tmp
         settings["training"]["workers"] = workers
         train(log, settings, tmp_path / name)
     assert content(tmp_path / "one") == content(tmp_path / "again") == content(tmp_path / "two")
+
+
+def test_a_negative_is_an_item_that_its_own_user_was_not_trained_on(small, tmp_path):
+    """User u has had all items but item u, which is therefore the negative of each position."""
+    _, settings = small
+    rng = np.random.default_rng(0)
+    others = [rng.permutation([item for item in range(8) if item != user]) for user in range(8)]
+    again = [rng.choice(items, 1 + user % 4) for user, items in enumerate(others)]  # so that the lengths differ
+    log = log_of([[*a, *b, user, user] for user, (a, b) in enumerate(zip(others, again, strict=True))])
+    config = Config(8, hidden_size=8, max_length=8, dropout=0)
+    settings |= {"model": asdict(config)}
+    settings["training"] |= {"loss": "bce", "epochs": 1, "batch_size": 8}  # one step
+    (record,), _ = train(log, settings, tmp_path / "run")
+    parameters, losses = init_parameters(config, 1, np.float64), []
+    for user in range(8):
+        trained = log.history(user)[:-2]
+        (x,) = encode(parameters, config, [trained[:-1]])
+        for row, target in zip(x, trained[1:][-8:], strict=True):
+            positive, negative = parameters["item_embedding"][[target, user]] @ row
+            losses.append(math.log(1 + math.exp(-positive)) + math.log(1 + math.exp(negative)))
+    assert record["loss"] == pytest.approx(np.mean(losses), rel=1e-6)
+
+
+@pytest.mark.parametrize("stop_after", [None, 1, 4, 6])
+def test_the_seconds_of_an_epoch_are_those_of_its_steps(small, tmp_path, monkeypatch, stop_after):
+    log, settings = small
+    clock, steps = [0.0], []
+
+    def slow(call, seconds):
+        def wrapped(*arguments, **options):
+            clock[0] += seconds
+            return call(*arguments, **options)
+
+        return wrapped
+
+    monkeypatch.setattr("minirec.train.time.perf_counter", lambda: clock[0])
+    monkeypatch.setattr(Team, "compute_gradients", slow(Team.compute_gradients, 2))
+    monkeypatch.setattr(Team, "update", slow(Team.update, 0.5))
+    monkeypatch.setattr("minirec.train.rank_targets", slow(evaluate.rank_targets, 100))
+    stop = stop_after and (lambda: len(steps) >= stop_after)
+    train(log, settings, tmp_path / "run", on_step=lambda *_: steps.append(1), stop=stop)
+    records, _ = train(log, settings, tmp_path / "run", resume=True)
+    assert [record["train_seconds"] for record in records] == [2.5 * record["steps"] for record in records]
+    assert len(records) == 3 and len(steps) == (stop_after or 3 * records[0]["steps"])
 
 
 @pytest.mark.parametrize("stop_after", [1, 3, 4, 6])

@@ -13,7 +13,7 @@ from minirec.errors import UserError
 from minirec.optimizer import adam_step
 from minirec.packing import pack
 from minirec.parameters import parameter_count, unflatten
-from minirec.workers import AHEAD, NO_LANE, Sampling, Team, worker_map
+from minirec.workers import AHEAD, NO_LANE, Memory, Sampling, Team, worker_map
 
 CONFIG = model.Config(n_items=30, hidden_size=8, max_length=10, dropout=0.5)
 
@@ -33,6 +33,7 @@ def take_steps(n_workers):
 
 def test_any_number_of_workers_gives_the_same_bits(monkeypatch):
     monkeypatch.setattr(packing, "CPU_PLAN", packing.CPU_PLAN._replace(micro_batch_tokens=20))
+    monkeypatch.setattr(workers, "UPDATE_SIZE", 100)
     losses, parameters = take_steps(1)
     for n in (2, 3, 4, 9):
         other_losses, other_parameters = take_steps(n)
@@ -152,22 +153,59 @@ def test_the_small_table_gives_the_gradients_of_the_full_one(loss):
         np.testing.assert_allclose(found[name], gradients[name], atol=1e-6)
 
 
+@pytest.fixture
+def small_updates(monkeypatch):
+    """Update 64 parameters at a time, or 9 rows of an item table: several slices a worker."""
+    monkeypatch.setattr(workers, "UPDATE_SIZE", 64)
+
+
+def adam_by_hand(expected, gradient, step, places=slice(None)):
+    """Take an Adam step on these places of the arrays in `expected`, named as in Memory."""
+    parameters, *moments = (expected[name][places] for name in Memory.NAMES)
+    adam_step(parameters, gradient, *moments, step, 0.01)
+
+
+@pytest.mark.parametrize("n_workers", [1, 3])
+def test_steps_are_those_of_adam_on_all_parameters(n_workers, small_updates):
+    rng = np.random.default_rng(0)
+    with Team(CONFIG, rng.integers(30, size=60).astype(np.int32), np, n_workers) as team:
+        team.parameters[...] = rng.normal(size=team.parameters.shape)
+        expected = {name: getattr(team, name).copy() for name in Memory.NAMES}
+        for step in (1, 2, 3):
+            team.compute_gradients(np.array([0, 20, 45, 5]), np.array([9, 10, 2, 9]), (7, step))
+            adam_by_hand(expected, team.gradients.sum(axis=0), step)
+            team.update(step, 0.01)
+            for name, values in expected.items():
+                np.testing.assert_allclose(getattr(team, name), values, atol=1e-7, err_msg=name)
+
+
+@pytest.mark.parametrize("n_workers", [1, 3])
 @pytest.mark.parametrize("loss", ["sampled", "bce"])
-def test_only_touched_rows_move_and_by_the_step_of_dense_adam(loss):
-    team, config, _, starts, lengths, _ = sampled_team(loss)
+def test_sampled_steps_are_those_of_adam_on_the_touched_rows_alone(loss, n_workers, small_updates):
+    team, config, _, starts, lengths, _ = sampled_team(loss, n_workers)
     with team:
-        before, first, second = team.parameters.copy(), np.zeros_like(team.parameters), np.zeros_like(team.parameters)
-        team.compute_gradients(starts, lengths, (7, 1))
-        table, small = team.lead.table, team.gradients.sum(axis=0)
-        team.update(1, 0.01)
-        dense = np.zeros_like(before)
-        size, d = len(table) * 8, config.n_items * 8
-        dense[:d].reshape(-1, 8)[table] = small[:size].reshape(-1, 8)
-        dense[d:] = small[size : size + len(before) - d]
-        adam_step(before, dense, first, second, 1, 0.01)
-        np.testing.assert_allclose(team.parameters, before, atol=1e-4)  # of steps of 0.01; g = 0 moves nothing
-        untouched = np.delete(np.arange(500), table)
-        assert len(untouched) and (team.first_moment[:d].reshape(-1, 8)[untouched] == 0).all()
+        expected, d = {name: getattr(team, name).copy() for name in Memory.NAMES}, config.hidden_size
+        for step in (1, 2, 3):
+            some = slice(step - 1, None, 3)  # a step touches other rows than the one before
+            team.compute_gradients(starts[some], lengths[some], (7, step))
+            gradient, table = team.gradients.sum(axis=0), team.lead.table
+            assert 3 * 9 < len(table) < config.n_items
+            for row, item in enumerate(table):
+                adam_by_hand(expected, gradient[row * d : row * d + d], step, slice(item * d, item * d + d))
+            rest = team.parameters.size - config.n_items * d
+            adam_by_hand(expected, gradient[len(table) * d :][:rest], step, slice(config.n_items * d, None))
+            team.update(step, 0.01)
+            for name, values in expected.items():
+                np.testing.assert_allclose(getattr(team, name), values, atol=1e-7, err_msg=name)
+
+
+@pytest.mark.parametrize("loss, n", [("sampled", 5), ("bce", 6)])
+def test_negatives_are_drawn_from_all_items(loss, n):
+    sampling = Sampling(loss, 5, np.array([0]), np.array([0, 9]), 10)  # the one user has had item 0 alone
+    starts, lengths = np.array([2, 5]), np.array([1, 3])
+    draws = [sampling.draw(np.random.default_rng(seed), 7, starts, lengths) for seed in range(200)]
+    assert {len(draw) for draw in draws} == {n}
+    assert set(np.concatenate(draws)) == set(range(7)) - ({0} if loss == "bce" else set())
 
 
 def test_without_room_for_a_process_no_worker_is_left(monkeypatch):
