@@ -3,12 +3,13 @@
 import numpy as np
 import pytest
 
-from minirec import gradcheck, model
+from minirec import gradcheck, model, packing
 from minirec.attention import known_weightings
 from minirec.decompose import RATIOS, RECENT, block_caches, contributions, decompose, head_norms, summarise
 from minirec.errors import UserError
 from minirec.ops import LAYER_NORM_EPS
 from minirec.parameters import parameter_shapes, sub_dict
+from minirec.workers import worker_map
 
 
 def naive_block(x, a, p, n_heads):
@@ -133,6 +134,22 @@ def test_heatmaps_are_means_aligned_at_the_latest_position(example):
             np.testing.assert_allclose(block[name], expected, atol=1e-12)
 
 
+@pytest.mark.parametrize("n_workers", [1, 3])
+def test_neither_pieces_nor_workers_change_the_result(example, n_workers, monkeypatch):
+    config, parameters, sequences = example
+    sequences = [sequence[start:] for start in (0, 1, 2) for sequence in sequences if len(sequence) > start]
+    whole, done = decompose(parameters, config, sequences), []
+    monkeypatch.setattr(packing, "CPU_PLAN", packing.CPU_PLAN._replace(micro_batch_tokens=3))
+    with worker_map(n_workers, np) as run:
+        found = decompose(parameters, config, sequences, run, done.append)
+    assert len(done) > 3 and sum(done) == len(whole["positions"])
+    for name in ("sequences", "positions", "latest"):
+        np.testing.assert_array_equal(found[name], whole[name])
+    for block, expected in zip(found["blocks"], whole["blocks"], strict=True):
+        for name, values in expected.items():
+            np.testing.assert_allclose(block[name], values, atol=1e-12, err_msg=name)
+
+
 def test_the_first_position_mixes_nothing_at_all(example):
     config, parameters, sequences = example
     result = decompose(parameters, config, sequences)
@@ -153,15 +170,21 @@ def test_aggregates_choose_the_positions_they_name():
     config, parameters, sequences = gradcheck.example("softmax")
     result = decompose(parameters, config, sequences)
     summary = summarise(result)
-    n = len(result["positions"])
-    assert [block["attn"]["n"] for block in summary["blocks"]] == [n, n]
-    assert summary["all"]["attn"]["n"] == 2 * n
-    assert summary["without_first"]["attn"]["n"] == 2 * (n - len(sequences))
-    assert summary["latest"]["attn"]["n"] == 2 * len(sequences)
-    assert summary["all"]["entropy"]["n"] == 2 * config.n_heads * (n - len(sequences))
-    both = np.concatenate([block["attn_res_ln"] for block in result["blocks"]])
-    assert summary["all"]["attn_res_ln"]["std"] == pytest.approx(both.std())
-    assert summary["all"]["attn_res_ln"]["median"] == pytest.approx(np.median(both))
+    kept = [min(len(sequence), config.max_length) for sequence in sequences]
+    positions = np.concatenate([np.arange(n) for n in kept])
+    latest = np.cumsum(kept) - 1
+    np.testing.assert_array_equal(np.flatnonzero(result["latest"]), latest)
+    everywhere, later = np.arange(len(positions)), np.flatnonzero(positions > 0)
+    wanted = [("all", result["blocks"], everywhere), ("without_first", result["blocks"], later)]
+    wanted += [("latest", result["blocks"], latest)]
+    found = [(summary[name], blocks, rows) for name, blocks, rows in wanted]
+    found += [(values, [block], everywhere) for values, block in zip(summary["blocks"], result["blocks"], strict=True)]
+    for values, blocks, rows in found:
+        for name in (*RATIOS, "entropy"):
+            counted = rows if name != "entropy" else np.intersect1d(rows, later)
+            numbers = np.concatenate([block[name][counted].reshape(-1) for block in blocks])
+            expected = {"mean": numbers.mean(), "median": np.median(numbers), "std": numbers.std(), "n": len(numbers)}
+            assert values[name] == pytest.approx(expected)
 
 
 def test_one_item_histories_have_no_entropy_and_no_nan():
