@@ -4,20 +4,23 @@ import csv
 import importlib
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from click.testing import CliRunner
 from conftest import ROOT, last_json, run_cli
 
-from minirec import files, runs
-from minirec.decompose import RATIOS
+from minirec import files, packing, runs
+from minirec.decompose import RATIOS, contributions, decompose
 from minirec.evaluate import CUTOFFS
+from minirec.model import encode
 
 METRICS = {f"{name}@{k}" for name in ("HR", "NDCG", "MRR") for k in CUTOFFS}
 
@@ -165,6 +168,207 @@ def test_recommend_for_everyone(trained, tmp_path):
     assert len(rows) == 4500 and rows[0]["user"] == "account 0" and rows[0]["rank"] == "1"
 
 
+def invoke(*arguments):
+    """Run a command in this process; return what click tells of it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(ROOT)
+        main = importlib.import_module("cli").main
+    result = CliRunner().invoke(main, [str(argument) for argument in arguments])
+    assert result.exit_code == 0, result.output
+    return result
+
+
+@pytest.fixture(scope="module")
+def ragged(tmp_path_factory):
+    """A run folder, and what `train --json` said of it, on a log in which nothing is even.
+
+    33 users of 12 items: every fifth one, the first among them, is too short for a target; most histories are longer
+    than max_length; user 32 has had all items, user 31 all but one. The last epoch is not the best one.
+    """
+    folder, rng = tmp_path_factory.mktemp("ragged"), np.random.default_rng(0)
+    histories = [rng.integers(12, size=rng.integers(3, 9) if u % 5 else 2) for u in range(31)]
+    histories += [rng.permutation(11), rng.permutation(12)]
+    lines = [" ".join([f"u{u}", *(f"i{item}" for item in items)]) for u, items in enumerate(histories)]
+    options = ("--max-length", 4, "--hidden", 8, "--lr", 0.05, "--epochs", 7, "--workers", 1)
+    path = log_file(folder, "\n".join(lines))
+    result = invoke("train", "--data", path, *options, "--out", folder / "run", "--json")
+    return folder / "run", json.loads(result.stdout)
+
+
+def opened(folder):
+    """The parameters, config and log of a run folder."""
+    settings = runs.load_settings(folder)
+    config = runs.model_config(settings)
+    return runs.load_parameters(folder, config), config, runs.load_run_log(folder, settings)
+
+
+def cells(text):
+    """Read a table whose columns two blanks or more set apart: {title of the row: {heading: cell}}."""
+    (_, *headings), *rows = (re.split(" {2,}", line.strip()) for line in text.splitlines())
+    return {title: dict(zip(headings, values, strict=True)) for title, *values in rows}
+
+
+def test_train_tells_of_the_epoch_that_it_kept(ragged):
+    folder, result = ragged
+    records = files.read_json_lines(folder / "metrics.jsonl")
+    kept = max(records, key=lambda record: record["NDCG@10"])
+    assert kept["epoch"] < len(records) and kept["NDCG@10"] > records[-1]["NDCG@10"]
+    assert (result["epochs"], result["best_epoch"], result["loss"]) == (len(records), kept["epoch"], kept["loss"])
+    assert result["valid"] == {name: kept[name] for name in METRICS}
+    assert result["steps"] == sum(record["steps"] for record in records)
+    assert result["train_seconds"] == pytest.approx(sum(record["train_seconds"] for record in records))
+    for part in ("valid", "test"):
+        evaluated = json.loads(invoke("evaluate", folder, "--split", part, "--json").stdout)
+        assert {name: result[part][name] for name in METRICS} == {name: evaluated[name] for name in METRICS}
+
+
+@pytest.mark.parametrize("part, back", [("test", 1), ("valid", 2)])
+@pytest.mark.parametrize("filter_seen", [True, False])
+@pytest.mark.parametrize(
+    "attn, blocks, weightings",
+    [
+        (None, None, ("softmax", "softmax")),
+        ("uniform", None, ("uniform", "uniform")),
+        ("uniform", "1", ("softmax", "uniform")),
+    ],
+)
+def test_an_evaluation_ranks_what_its_options_say(ragged, part, back, filter_seen, attn, blocks, weightings):
+    folder, _ = ragged
+    parameters, config, log = opened(folder)
+    options = ["--split", part, "--filter-seen" if filter_seen else "--no-filter-seen"]
+    options += ["--attn", attn] if attn else []
+    options += ["--attn-blocks", blocks] if blocks else []
+    result = invoke("evaluate", folder, *options, "--json")
+    values, ranks = json.loads(result.stdout), []
+    for history in filter(lambda history: len(history) >= 3, map(log.history, range(len(log.users)))):
+        before, target = history[:-back], history[-back]
+        (x,) = encode(parameters, replace(config, attn=weightings), [before])
+        scores = parameters["item_embedding"] @ x[-1]
+        if filter_seen:
+            scores[before] = -np.inf
+        ranks.append(np.inf if np.isneginf(scores[target]) else (scores > scores[target]).sum())
+    ranks = np.array(ranks)
+    for k in CUTOFFS:
+        gains = {"HR": np.ones(len(ranks)), "NDCG": 1 / np.log2(ranks + 2), "MRR": 1 / (ranks + 1)}
+        for name, gain in gains.items():
+            assert values.pop(f"{name}@{k}") == pytest.approx(np.where(ranks < k, gain, 0).mean())
+    missed = int(np.isinf(ranks).sum())
+    assert values == {
+        "split": part, "attn": list(weightings), "filter_seen": filter_seen, "users": 26, "unreachable": missed,
+    }  # fmt: skip
+    assert (missed > 0) == filter_seen == (f"{missed} of 26 targets are items the user had before" in result.stderr)
+
+
+def test_a_table_of_metrics_holds_under_each_heading_what_json_does(ragged, tmp_path):
+    folder, _ = ragged
+    for part in ("test", "valid"):
+        values = json.loads(invoke("evaluate", folder, "--split", part, "--json").stdout)
+        printed = invoke("evaluate", folder, "--split", part).stdout
+        assert printed.split("  ", 1)[0].strip() == "" and f"{part}, softmax" in printed.splitlines()[0]
+        assert len({values[f"{name}@10"] for name in ("HR", "NDCG", "MRR")}) == 3
+        assert cells(printed) == {
+            f"@{k}": {name: f"{values[f'{name}@{k}']:.4f}" for name in ("HR", "NDCG", "MRR")} for k in CUTOFFS
+        }
+
+
+def test_a_table_of_mixing_ratios_holds_under_each_heading_what_json_does(ragged):
+    folder, _ = ragged
+    summary = json.loads(invoke("decompose", folder, "--json").stdout)
+    rows = {f"block {i}": block for i, block in enumerate(summary["blocks"])}
+    rows |= {title: summary[title.replace(" ", "_")] for title in ("all", "without first", "latest")}
+    names = dict(zip(("Attn", "AttnRes", "AttnResLN", "entropy of A"), (*RATIOS, "entropy"), strict=True))
+    assert cells(invoke("decompose", folder).stdout) == {
+        title: {heading: "{mean:.3f} ({median:.3f})".format(**row[name]) for heading, name in names.items()}
+        for title, row in rows.items()
+    }
+
+
+def test_a_decomposition_holds_under_each_users_name_that_of_the_users_history(ragged, tmp_path):
+    folder, _ = ragged
+    parameters, config, log = opened(folder)
+    invoke("decompose", folder, "--out", tmp_path)
+    arrays = files.read_arrays(tmp_path / "decomposition.npz")
+    evaluated = [user for user in range(len(log.users)) if len(log.history(user)) >= 3]
+    assert list(dict.fromkeys(arrays["users"])) == [log.users[user] for user in evaluated] and evaluated[0] == 1
+    for user in evaluated:
+        rows = arrays["users"] == log.users[user]
+        alone = decompose(parameters, config, [log.history(user)[:-1]])
+        np.testing.assert_array_equal(arrays["positions"][rows], alone["positions"])
+        for i, block in enumerate(alone["blocks"]):
+            for name in (*RATIOS, "entropy"):
+                np.testing.assert_allclose(arrays[f"blocks.{i}.{name}"][rows], block[name], atol=1e-5)
+
+
+@pytest.mark.parametrize("backs", [4, 7, 11])  # as long as max_length, and longer
+def test_an_explanation_names_the_items_that_the_model_sees(ragged, backs):
+    folder, _ = ragged
+    parameters, config, log = opened(folder)
+    history = log.history(32)[:backs]
+    names = ",".join(log.items[item] for item in history)
+    printed = invoke("recommend", folder, "--history", names, "--explain").stdout
+    shares = [norms[-1] / norms[-1].sum() for norms in contributions(parameters, config, history[-4:])]  # [4] a block
+    expected = {}
+    for place in sorted(range(4), key=lambda place: -sum(share[place] for share in shares)):
+        when = "latest" if place == 3 else f"{3 - place} back"
+        share = {f"block {i}": f"{share[place]:.1%}" for i, share in enumerate(shares)}
+        expected[f"{log.items[history[place - 4]]} ({when})"] = share
+    found = cells(printed[printed.index("share of the last position") :])
+    assert found == expected and list(found) == list(expected)
+
+
+def test_an_explanation_shows_the_ten_largest_shares_however_small_the_norms(ragged, tmp_path):
+    folder, _ = ragged
+    invoke("train", "--data", folder.parent / "log.txt", "--max-length", 20, "--epochs", 1, "--out", tmp_path / "run")
+    parameters, config, log = opened(tmp_path / "run")
+    for block in (0, 1):
+        parameters[f"blocks.{block}.attention_norm.gamma"] *= 1e-3
+    files.write_arrays(tmp_path / "run/checkpoint.npz", parameters)
+    printed = invoke("recommend", tmp_path / "run", "--user", "u32", "--explain").stdout
+    found = cells(printed[printed.index("share of the last position") :])
+    shares = [norms[-1] / norms[-1].sum() for norms in contributions(parameters, config, log.history(32))]
+    order = np.argsort(-sum(shares), kind="stable")[:10]
+    assert [[values[f"block {i}"] for i in (0, 1)] for values in found.values()] == [
+        [f"{share[place]:.1%}" for share in shares] for place in order
+    ]
+
+
+def plain_recommendations(parameters, config, log, user):
+    """The (item, score) of all items that a user has not had, best first."""
+    (x,) = encode(parameters, config, [log.history(user)])
+    scores = parameters["item_embedding"] @ x[-1]
+    unseen = set(range(len(log.items))) - set(log.history(user).tolist())
+    return [(log.items[item], scores[item]) for item in sorted(unseen, key=lambda item: -scores[item])]
+
+
+def test_an_export_holds_each_users_best_unseen_items_and_no_others(ragged, tmp_path, monkeypatch):
+    folder, _ = ragged
+    monkeypatch.setattr(packing, "CPU_PLAN", packing.CPU_PLAN._replace(loss_bytes=1))  # 16, 16 and 1 users
+    said = invoke("recommend", folder, "--all", "--top", 5, "--out", tmp_path / "all.csv").stderr
+    assert said.endswith("all.csv: 32 users\n") and b"\r" not in (tmp_path / "all.csv").read_bytes()
+    parameters, config, log = opened(folder)
+    expected = []
+    for user, name in enumerate(log.users):
+        best = enumerate(plain_recommendations(parameters, config, log, user)[:5], 1)
+        expected += [(name, str(rank), item, score) for rank, (item, score) in best]
+    with open(tmp_path / "all.csv", newline="") as file:
+        header, *rows = csv.reader(file)
+    assert header == ["user", "rank", "item", "score"]
+    assert [row[:3] for row in rows] == [list(row[:3]) for row in expected]
+    assert [float(row[3]) for row in rows] == pytest.approx([row[3] for row in expected], abs=1e-4)
+    assert [sum(row[0] == f"u{user}" for row in rows) for user in (0, 31, 32)] == [5, 1, 0]
+
+
+@pytest.mark.parametrize("user", [0, 7, 31, 32])
+def test_one_users_recommendations_are_the_best_unseen_items_and_no_others(ragged, user):
+    folder, _ = ragged
+    result = invoke("recommend", folder, "--user", f"u{user}", "--top", 5)
+    expected = plain_recommendations(*opened(folder), user)[:5]
+    rows = [line.split() for line in result.stdout.splitlines()]
+    assert [row[:2] for row in rows] == [[str(rank), item] for rank, (item, _) in enumerate(expected, 1)]
+    assert [float(row[2]) for row in rows] == pytest.approx([score for _, score in expected], abs=1e-3)
+    assert ("nothing to recommend" in result.stderr) == (user == 32)
+
+
 def test_data_describes_a_file_wherever_it_stands(tmp_path):
     log_file(tmp_path).rename(tmp_path / "fetch")
     for arguments in (("./fetch", "--json"), ("--json", "./fetch"), ("--split", "leave-one-out", "./fetch", "--json")):
@@ -216,6 +420,69 @@ def test_what_a_console_cannot_show_is_escaped_and_stops_no_command(
     assert shown.count("back)") + shown.count("latest)") > 2 and japanese in shown and coffee in shown
     assert japanese in printed("recommend", "run", "--user", "日本", status=1)  # our own message
     assert japanese in printed("recommend", "run", "--日本", status=2)  # click's
+
+
+def test_a_description_holds_in_each_line_the_numbers_of_json(tmp_path):
+    rng = np.random.default_rng(1)
+    rows = [(rng.geometric(0.03), rng.geometric(0.1), 1_400_000_000 + 600 * rng.integers(300)) for _ in range(2000)]
+    rows += [(user, item, time + extra) for user, item, time in rows[:40] for extra in (0, 1)]
+    log_file(tmp_path, "user,item,time\n" + "".join(f"u{u},i{i},{t}\n" for u, i, t in rows))
+    command = ("data", tmp_path / "log.txt", "--split", "temporal")
+    found, lines = json.loads(invoke(*command, "--json").stdout), invoke(*command).stdout.splitlines()
+
+    def size(part):
+        return [f"{part[name]:,}" for name in ("users", "items", "interactions")]
+
+    def share(number, of):
+        assert number > 0
+        return [f"{number:,}", f"{100 * number / of:.1f}"]
+
+    n, popular, repeats, held = found["interactions"], *map(found.get, ("popularity", "repeats", "split"))
+    *lengths, mean = found["history_lengths"].values()
+    bins = [(f"{bin['from']:,}", f"{bin['to']:,}", f"{bin['users']:,}") for bin in found["histogram"]]
+    dates = re.findall(r"\d+", f"{found['time']['first_date']} {found['time']['last_date']}")
+    study = [f"{found['study'][name]}" for name in ("max_length", "dropout")]
+    assert [re.findall(r"\d+(?:[,.]\d+)*", line) for line in lines[2:]] == [
+        [*size(found), f"{100 * found['density']:.3g}"],
+        ["10", "25", "75", "90"],  # percent
+        [*(f"{length:,}" for length in lengths), f"{mean:,.1f}"],
+        *([first, users] if first == last else [first, last, users] for first, last, users in bins),
+        ["1", f"{popular['top_items']:,}", f"{100 * popular['top_share']:.1f}"],
+        share(popular["items_for_half"], found["items"]),
+        share(popular["items_once"], found["items"]),
+        share(repeats["seen_before"], n),
+        share(repeats["immediate"], n),
+        dates,
+        share(found["time"]["ties"], n),
+        share(repeats["exact_duplicates"], n),
+        [f"{held['valid_users']:,}", f"{held['test_users']:,}"],
+        share(held["unreachable"], held["test_users"]),
+        ["5", *size(found["k_core"]["5"])],
+        ["10", *size(found["k_core"]["10"])],
+        study,
+        study,
+    ]
+    titles = ["log", "histories", "", *([""] * len(bins)), "popularity", "", "", "repeats", "", "time", "", ""]
+    assert [line[:15].strip() for line in lines[2:]] == [*titles, "temporal", "", "5-core", "10-core", "study", ""]
+    assert re.split(" {2,}", lines[3])[1:] == ["min", "10 %", "25 %", "median", "75 %", "90 %", "max", "mean"]
+    most = max(bin["users"] for bin in found["histogram"])
+    bars = [-(-40 * bin["users"] // most) for bin in found["histogram"]]
+    assert [line.count("█") for line in lines[5 : 5 + len(bins)]] == bars and max(bars) == 40
+    assert "the file was not in order, and was sorted" in "".join(lines)
+    trained = invoke("train", "--data", *command[1:], "--epochs", 1, "--out", tmp_path / "run")
+    assert f"{found['users'] - held['test_users']} of the users have no test target" in trained.stderr
+
+
+def test_a_description_says_what_a_log_lacks(tmp_path):
+    log_file(tmp_path, "user,item,time\n" + "".join(f"u{n % 3},i{n},{n}\n" for n in range(12)))
+    lines = invoke("data", tmp_path / "log.txt").stdout.splitlines()
+    (times,) = (line for line in lines if line.startswith("time"))
+    assert times.split(maxsplit=1)[1] == "0 to 11: numbers that are no dates; the file was in order within each user"
+    lacks = ["of an item", "directly after", "at the same time", "again of the same", "of the test targets"]
+    assert all(any(line[15:].startswith(f"none {words}") for line in lines) for words in lacks)
+    assert not any("never hit" in line for line in lines)
+    log_file(tmp_path)
+    assert "time           no timestamps: each user's" in invoke("data", tmp_path / "log.txt").stdout
 
 
 def test_gradcheck_prints_every_tensor(tmp_path):

@@ -37,6 +37,21 @@ def test_a_small_log_is_described_as_counted_by_hand():
     assert found["k_core"]["5"] == {"users": 0, "items": 0, "interactions": 0}
 
 
+def log_of_three_parts():
+    """A log of the moments 1 to 20: up to 16 is trained on, 17 and 18 are for validation, the rest is for the test.
+
+    User 0 has a target in the test, which they had before, users 1 and 2 in the validation; user 3 has no history.
+    """
+    log = log_of([[0, 1, 2, 3, 4, 5, 6, 7, 0], [1, 2, 3, 4, 5], [1, 2, 3, 4, 1], [9]])
+    log.times = np.array([*range(1, 9), 19, *range(9, 13), 17, *range(13, 17), 18, 20])
+    return log
+
+
+def test_users_are_counted_part_by_part():
+    found = description(log_of_three_parts(), "temporal")["split"]
+    assert found == {"valid_users": 2, "test_users": 1, "users_without_test": 3, "unreachable": 1}
+
+
 @given(SEQUENCES, st.data())
 def test_counts_equal_those_of_plain_loops(sequences, draw):
     log = log_of(sequences)
