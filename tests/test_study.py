@@ -1,22 +1,28 @@
 """The study: its grid, what it measures of a run, what it concludes, and the regimes of the planted datasets."""
 
 import csv
+import importlib
+import itertools
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import ROOT, last_json, run_cli
+from click.testing import CliRunner
+from conftest import ROOT, last_json, log_of, run_cli
 
-from minirec import data, evaluate, files, planted, runs, statistics, study
-from minirec.decompose import decompose, summarise
+from minirec import baselines, data, evaluate, files, packing, planted, runs, statistics, study
+from minirec.decompose import RATIOS, decompose, summarise
 from minirec.errors import UserError
+from minirec.train import train
 
 pytest.importorskip("scipy", reason="the study needs scipy")
 
@@ -232,6 +238,7 @@ def test_defaults_follow_the_data():
     assert study.sensible(log([9] * 20, 1000)) == (9, 0.5)
     assert study.sensible(log([90] * 20, 1000)) == (50, 0.2)
     assert study.sensible(log([150, 300], 10_000)) == (200, 0.2)
+    assert study.sensible(log([100] * 20, 5_000)) == (100, 0.2)  # both limits exactly
 
 
 def test_shuffling_moves_only_what_the_model_sees_before_the_target():
@@ -241,6 +248,367 @@ def test_shuffling_moves_only_what_the_model_sees_before_the_target():
     assert sorted(shuffled[2:7]) == list(range(2, 7)) and sorted(shuffled[14:19]) == list(range(14, 19))
     unmoved = [*range(2), *range(7, 14), 19]
     assert list(shuffled[unmoved]) == unmoved and (shuffled != sequence).any()
+
+
+def test_every_history_and_every_seed_has_an_order_of_its_own():
+    sequence = np.arange(60)  # three histories of 20
+    cases = data.Cases(np.arange(3), np.arange(0, 60, 20), np.arange(19, 60, 20))
+    orders = [study.shuffle_histories(sequence, cases, 50, seed).reshape(3, 20) % 20 for seed in (0, 1)]
+    assert len({tuple(order) for order in np.concatenate(orders)}) == 6
+    np.testing.assert_array_equal(study.shuffle_histories(sequence, cases, 50, 1).reshape(3, 20) % 20, orders[1])
+
+
+@pytest.mark.parametrize("loss_bytes", [1, 4 << 20])  # chunks of 16, 16 and 1 users, of all
+def test_baselines_equal_counting_by_hand(rng, loss_bytes, monkeypatch):
+    monkeypatch.setattr(packing, "CPU_PLAN", packing.CPU_PLAN._replace(loss_bytes=loss_bytes))
+    sequences = [rng.integers(12, size=rng.integers(3, 9)).tolist() for _ in range(33)]
+    log = log_of(sequences)
+    split = data.leave_one_out(log)
+    found = baselines.rank_baselines(log, split, split.test)
+    trained = [s[:-2] for s in sequences]
+    popularity = [sum(s.count(i) for s in trained) for i in range(12)]
+    for case, sequence in enumerate(sequences):
+        *history, target = sequence
+        follows = [sum(pair == (history[-1], i) for s in trained for pair in itertools.pairwise(s)) for i in range(12)]
+        for name, score in (("popularity", popularity), ("transitions", list(zip(follows, popularity, strict=True)))):
+            ahead = sum(score[i] >= score[target] for i in range(12) if i not in history and i != target)
+            assert found[name][case] == (evaluate.MISS if target in history else ahead)
+
+
+@pytest.mark.parametrize("attn", ["softmax", "uniform"])
+def test_the_ranks_that_a_run_keeps_are_those_of_their_names(tmp_path, attn):
+    rng = np.random.default_rng(0)
+    log = log_of([(rng.integers(20) + np.arange(n) ** 2) % 20 for n in rng.integers(2, 12, 60)])
+    sizes = {"n_items": 20, "hidden_size": 8, "n_blocks": 2, "n_heads": 2, "max_length": 6, "dropout": 0.1}
+    source = {"path": "?", "sha256": log.sha256(), "format": None, "columns": None, "split": "leave-one-out"}
+    training = {
+        "loss": "ce",
+        "negatives": 1,
+        "epochs": 12,
+        "batch_size": 16,
+        "lr": 0.03,
+        "patience": 12,
+        "filter_seen": True,
+    }
+    settings = {"data": source | {"k_core": 1, "drop_repeats": False}, "model": sizes}
+    settings |= {"training": training | {"backend": "numpy"}}
+    job = study.Job(study.Dataset("small", log, settings), attn, 3, tmp_path / "run")
+    train(log, job.settings(), job.folder)
+    clock = iter([0, 6, 10, 13, 20, 25])  # ranking takes 6, 3 and 5 seconds
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(study.time, "perf_counter", lambda: next(clock))
+        assert study.analyse(log, job.settings(), job.folder)
+    config, test = runs.model_config(job.settings()), data.leave_one_out(log).test
+    parameters = runs.load_parameters(job.folder, config)
+    shuffled = study.shuffle_histories(log.sequence, test, 6, seed=3)
+    wanted = {"test": (config, log.sequence), "shuffled": (config, shuffled)}
+    if attn == "softmax":
+        for name, weightings in (("", ("uniform",) * 2), (".0", ("uniform", attn)), (".1", (attn, "uniform"))):
+            wanted[f"uniform{name}"] = replace(config, attn=weightings), log.sequence
+    analysis, ranks = study.load_analysis(job)
+    assert ranks.keys() == wanted.keys() and len({r.tobytes() for r in ranks.values()}) == len(wanted)
+    for name, (substituted, sequence) in wanted.items():
+        expected = np.concatenate(list(evaluate.rank_targets(parameters, substituted, sequence, test)))
+        np.testing.assert_array_equal(ranks[name], expected)
+    records = files.read_json_lines(job.folder / "metrics.jsonl")
+    best = max(records, key=lambda record: record["NDCG@10"])["epoch"]
+    assert (analysis["epochs"], analysis["best_epoch"]) == (12, best)
+    assert analysis["milliseconds_per_user"] == pytest.approx(3000 / len(test.users))
+    if attn == "softmax":
+        result = decompose(
+            parameters, config, [log.sequence[a:b] for a, b in zip(test.starts, test.stops, strict=True)]
+        )
+        assert analysis["mixing"] == summarise(result)
+        for picture, block in zip(analysis["pictures"], result["blocks"], strict=True):
+            for name in RATIOS:
+                bins = np.minimum((block[name] * study.BINS).astype(int), study.BINS - 1)
+                assert picture[name] == np.bincount(bins, minlength=study.BINS).tolist()
+            for name in ("attention", "contribution"):
+                np.testing.assert_array_equal(np.array(picture[name], float), block[name])
+
+
+EPOCHS = {"softmax": (4, 5), "uniform": (3, 4), "identity": (6, 3)}  # of two seeds; at most six, two after the best
+
+
+def invent(job):
+    """Write what a run leaves, all numbers invented and different ones."""
+    rng = np.random.default_rng([list(EPOCHS).index(job.attn), job.seed])
+    n_users, n_epochs = len(runs.split_log(job.dataset.log, job.settings()).test.users), EPOCHS[job.attn][job.seed]
+
+    def numbers(*shape):
+        return rng.random(shape).tolist()
+
+    scores = [i / 10 for i in range(n_epochs)]
+    if n_epochs < 6:
+        scores[-2:] = 0, 0
+    records = [
+        {"epoch": i, "loss": 1.0, "steps": 1, "train_seconds": rng.random(), "NDCG@10": score}
+        for i, score in enumerate(scores, 1)
+    ]
+    positions = ("all", "without_first", "latest")
+    names, values = (*RATIOS, "entropy"), ("mean", "median", "std", "n")
+    summaries = [{name: dict(zip(values, numbers(4), strict=True)) for name in names} for _ in range(5)]
+    pictures = [{name: numbers(9) for name in RATIOS} | {m: numbers(3, 3) for m in PICTURES} for _ in range(2)]
+    pictures[1]["attention"][0][2] = None
+    analysis = {"epochs": n_epochs, "best_epoch": 1, "milliseconds_per_user": rng.random()}
+    kinds = ["test", "shuffled"]
+    if job.attn == "softmax":
+        kinds += ["uniform", "uniform.0", "uniform.1"]
+        analysis |= {"mixing": {"blocks": summaries[:2]} | dict(zip(positions, summaries[2:], strict=True))}
+        analysis |= {"pictures": pictures}
+    never = np.arange(n_users) % 7 == 0
+    ranks = {kind: np.where(never, evaluate.MISS, rng.geometric(0.04, n_users) - 1) for kind in kinds}
+    files.make_folder(job.folder)
+    files.write_json(job.folder / "config.json", job.settings())
+    files.write_json_lines(job.folder / "metrics.jsonl", records)
+    files.write_json(job.folder / "analysis.json", analysis)
+    files.write_arrays(job.folder / "ranks.npz", ranks)
+
+
+PICTURES = ("attention", "contribution")
+
+
+def invented_study(folder, n_seeds, *options):
+    """Run a study of small.txt in `folder` whose runs are invented, into its folder "out"; return what click tells."""
+
+    def run_grid(jobs, n_processes, report, lock=None):
+        for job in jobs:
+            invent(job)
+            report(job, "done", None)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(ROOT)
+        patch.setattr(study, "run_grid", run_grid)
+        patch.setitem(sys.modules, "matplotlib", None)
+        arguments = ["study", "--data", folder / "small.txt", "--epochs", 6, "--patience", 2, "--seeds", n_seeds]
+        arguments += [word for attn in EPOCHS for word in ("--attn", attn)]
+        main = importlib.import_module("cli").main
+        result = CliRunner().invoke(main, [*map(str, arguments), *options, "--out", str(folder / "out")])
+    assert result.exit_code == 0, result.output
+    return result
+
+
+@pytest.fixture(scope="module")
+def invented(log_path, tmp_path_factory):
+    """The folder of a study whose runs left invented numbers, its log, and what the study printed."""
+    folder = tmp_path_factory.mktemp("invented")
+    text = "u0 i1 i2\n" + log_path.read_text().replace("u", "v")  # the first user has no test target
+    (folder / "small.txt").write_text(text)
+    printed = invented_study(folder, 2).stdout
+    return folder / "out", data.read_log(folder / "small.txt"), printed
+
+
+def kept(folder, attn, seed):
+    """The analysis and the ranks that a run of a study left."""
+    run = folder / "small" / f"{attn}-{seed}"
+    return files.read_json(run / "analysis.json"), files.read_arrays(run / "ranks.npz")
+
+
+def metric(name, ranks):
+    """The values [M] of a metric by its definition."""
+    kind, k = name.split("@")
+    gain = {"HR": np.ones(len(ranks)), "NDCG": 1 / np.log2(ranks + 2), "MRR": 1 / (ranks + 1)}[kind]
+    return np.where(ranks < int(k), gain, 0)
+
+
+def test_the_results_of_a_study_are_those_of_its_runs(invented):
+    folder, log, _ = invented
+    result = json.loads((folder / "study.json").read_text())["datasets"]["small"]
+    counts = {"users": 81, "items": 30, "interactions": 722, "test_users": 80, "unreachable": 12, "max_length": 9}
+    assert {name: result[name] for name in counts} == counts and result["seeds"] == [0, 1]
+    assert result["epochs"] == {attn: list(epochs) for attn, epochs in EPOCHS.items()} and result["epochs_at_most"] == 6
+    runs_of = {attn: [kept(folder, attn, seed) for seed in (0, 1)] for attn in EPOCHS}
+    split = data.leave_one_out(log)
+    counted = baselines.rank_baselines(log, split, split.test)
+    for name in statistics.METRICS:
+        values = {
+            (attn, kind): np.array([metric(name, ranks[kind]).mean() for _, ranks in found])
+            for attn, found in runs_of.items()
+            for kind in found[0][1]
+        }
+        for attn in EPOCHS:
+            a, b = values[attn, "test"]
+            assert result["metrics"][attn][name] == pytest.approx({"mean": (a + b) / 2, "std": abs(a - b) / 2**0.5})
+            assert result["shuffled"][attn][name] == pytest.approx(values[attn, "shuffled"].mean())
+        for title, kind in (("all", "uniform"), ("block 0", "uniform.0"), ("block 1", "uniform.1")):
+            assert result["substitution"][title][name] == pytest.approx(values["softmax", kind].mean())
+        for baseline, ranks in counted.items():
+            assert result["baselines"][baseline][name] == pytest.approx(metric(name, ranks).mean())
+        for effect, one, other in (("weighting", "softmax", "uniform"), ("integration", "uniform", "identity")):
+            pairs = zip(runs_of[one], runs_of[other], strict=True)
+            by_user = [metric(name, a["test"]) - metric(name, b["test"]) for (_, a), (_, b) in pairs]
+            a, b = values[one, "test"], values[other, "test"]
+            found = result[effect][name]
+            assert found["difference"] == pytest.approx(a.mean() - b.mean())
+            assert found["relative"] == pytest.approx(a.mean() / b.mean() - 1)
+            assert found["hedges_g"] == pytest.approx(statistics.hedges_g(a, b))
+            test = statistics.paired_t(a, b)
+            assert (found["t"], found["p"], found["interval_seeds"]) == (
+                pytest.approx(test["t"]),
+                pytest.approx(test["p"]),
+                pytest.approx(test["interval"]),
+            )
+            assert found["interval_users"] == pytest.approx(statistics.bootstrap(np.mean(by_user, axis=0)))
+    softmax = [analysis for analysis, _ in runs_of["softmax"]]
+    for part in ("all", "without_first", "latest"):
+        for name in (*RATIOS, "entropy"):
+            means = [analysis["mixing"][part][name]["mean"] for analysis in softmax]
+            assert result["mixing"][part][name]["mean"] == pytest.approx(np.mean(means))
+    for block in (0, 1):
+        for name in (*RATIOS, *PICTURES):
+            both = [np.array(analysis["pictures"][block][name], float) for analysis in softmax]
+            np.testing.assert_allclose(np.array(result["pictures"][block][name], float), np.mean(both, axis=0))
+    ratios = [analysis["mixing"]["all"]["attn_res_ln"]["mean"] for analysis in softmax]
+    assert result["mixing_ratio"] == pytest.approx(np.mean(ratios))
+    assert result["mixing_ratio_std"] == pytest.approx(np.std(ratios, ddof=1))
+    assert result["hedges_g"] == {name: result["weighting"][name]["hedges_g"] for name in statistics.METRICS}
+    assert result["mean_g"] == pytest.approx(np.mean(list(result["hedges_g"].values())))
+    times = {
+        attn: {
+            "train_seconds": [
+                pytest.approx(sum(record["train_seconds"] for record in files.read_json_lines(path / "metrics.jsonl")))
+                for path in (folder / "small" / f"{attn}-{seed}" for seed in (0, 1))
+            ],
+            "milliseconds": [analysis["milliseconds_per_user"] for analysis, _ in runs_of[attn]],
+        }
+        for attn in EPOCHS
+    }
+    assert json.loads((folder / "times.json").read_text()) == {"small": times}
+
+
+def test_the_table_of_a_study_holds_in_each_row_the_metrics_of_its_arm(invented):
+    folder, log, _ = invented
+    with open(folder / "study.csv", newline="") as file:
+        rows = {(row["arm"], row["seed"]): row for row in csv.DictReader(file)}
+    titles = {"test": "", "shuffled": ", shuffled", "uniform": ", uniform"}
+    titles |= {f"uniform.{i}": f", uniform in block {i}" for i in (0, 1)}
+    expected = {
+        (attn + titles[kind], str(seed)): ranks
+        for attn in EPOCHS
+        for seed in (0, 1)
+        for kind, ranks in kept(folder, attn, seed)[1].items()
+    }
+    split = data.leave_one_out(log)
+    expected |= {(name, ""): ranks for name, ranks in baselines.rank_baselines(log, split, split.test).items()}
+    assert list(rows) == list(expected) and len(rows) == 3 * 2 * 2 + 3 * 2 + 2
+    for arm, ranks in expected.items():
+        found = {name: float(value) for name, value in rows[arm].items() if "@" in name}
+        assert found == pytest.approx({name: metric(name, ranks).mean() for name in found}, abs=1e-6)
+        assert len(found) == 18
+
+
+def test_what_a_study_prints_is_what_its_results_hold(invented):
+    folder, _, printed = invented
+    result = json.loads((folder / "study.json").read_text())["datasets"]["small"]
+    lines = [line.strip() for line in printed.strip().splitlines()]
+    first = next(i for i, line in enumerate(lines) if line.startswith("weighting"))
+    (title, *headings), *rows = (re.split(r" {2,}|(?<=\d) (?=\d)", line) for line in lines[:first])
+    assert title == "small (mean ± std of 2 seeds)" and headings == [*statistics.METRICS, "ms/user"]
+    times = json.loads((folder / "times.json").read_text())["small"]
+    expected = [
+        [attn, *(f"{v['mean']:.4f} ±{v['std']:.4f}" for v in map(values.get, statistics.METRICS))]
+        + [f"{np.mean(times[attn]['milliseconds']):.2f}"]
+        for attn, values in result["metrics"].items()
+    ]
+    others = {"softmax, uniform put in": result["substitution"]["all"]}
+    others |= {f"only in block {i}": result["substitution"][f"block {i}"] for i in (0, 1)}
+    others |= {f"{attn}, history shuffled": result["shuffled"][attn] for attn in EPOCHS}
+    others |= {f"{name} (counts)": result["baselines"][name] for name in ("popularity", "transitions")}
+    expected += [[title, *(f"{values[name]:.4f}" for name in statistics.METRICS)] for title, values in others.items()]
+    assert rows == expected
+    for effect, arms in (("weighting", "softmax - uniform"), ("integration", "uniform - identity")):
+        c, g = result[effect]["NDCG@10"], np.mean([c["hedges_g"] for c in result[effect].values()])
+        first = lines.index(
+            f"{effect}, {arms}: NDCG@10 {c['difference']:+.4f} ({c['relative']:+.1%}); "
+            f"Hedges' g {g:+.2f}, the mean of 5 metrics; paired t-test p = {c['p']:.2g}"
+        )
+        seeds, users = ("{:+.4f} to {:+.4f}".format(*c[f"interval_{over}"]) for over in ("seeds", "users"))
+        assert lines[first + 1] == f"95 % intervals: {seeds} over seeds, {users} over users"
+    mixing = result["mixing"]
+    ratios = [f"block {i} {block['attn_res_ln']['mean']:.3f}" for i, block in enumerate(mixing["blocks"])]
+    assert lines[first + 2 : first + 5] == [
+        f"mixing ratio {result['mixing_ratio']:.3f} ({', '.join(ratios)}; latest position "
+        f"{mixing['latest']['attn_res_ln']['mean']:.3f}); entropy of A {mixing['all']['entropy']['mean']:.3f}",
+        "identity: ended by the limit of 6 epochs, and might still improve (--epochs)",
+        "12 of 80 targets are items the user had before: misses",
+    ]
+    assert lines[-1] == study.verdict("small", result)
+
+
+def test_what_a_study_of_one_seed_prints_holds_no_number_that_is_none(log_path, tmp_path):
+    (tmp_path / "small.txt").write_text(log_path.read_text())
+    printed = invented_study(tmp_path, 1).stdout
+    result = json.loads((tmp_path / "out/study.json").read_text())["datasets"]["small"]
+    lines = [line.strip() for line in printed.strip().splitlines()]
+    assert lines[0].startswith("small (mean ± std of 1 seed)  ") and "±" not in "".join(lines[1:])
+    assert "None" not in printed and "nan" not in printed
+    c = result["weighting"]["NDCG@10"]
+    first = lines.index(
+        f"weighting, softmax - uniform: NDCG@10 {c['difference']:+.4f} ({c['relative']:+.1%}); "
+        "g undefined for HR@1, HR@10, HR@100, NDCG@10, NDCG@100: no spread over seeds"
+    )
+    low, high = c["interval_users"]
+    assert lines[first + 1] == f"95 % intervals: {low:+.4f} to {high:+.4f} over users"
+    assert "one seed cannot say" in lines[-1]
+
+
+def test_a_study_table_says_what_is_undefined_and_why(invented, monkeypatch):
+    folder, _, _ = invented
+    result = json.loads((folder / "study.json").read_text())["datasets"]["small"]
+    g = {name: comparison["hedges_g"] for name, comparison in result["weighting"].items()}
+    mean = (g["HR@100"] + g["NDCG@10"] + g["NDCG@100"]) / 3
+    result["weighting"]["HR@1"]["hedges_g"] = result["weighting"]["HR@10"]["hedges_g"] = None
+    result["weighting"]["NDCG@10"] |= {"difference": 0.5, "relative": None, "p": 0.25}
+    result["mixing"]["all"]["entropy"]["mean"] = None
+    result["epochs"] |= {"softmax": [6, 2], "uniform": [2, 5], "identity": [3, 6]}
+    monkeypatch.syspath_prepend(ROOT)
+    times = json.loads((folder / "times.json").read_text())["small"]
+    lines = [line.strip() for line in importlib.import_module("cli").study_table("small", result, times).splitlines()]
+    assert (
+        f"weighting, softmax - uniform: NDCG@10 +0.5000; Hedges' g {mean:+.2f}, the mean of 3 metrics; "
+        "g undefined for HR@1, HR@10: no spread over seeds; paired t-test p = 0.25"
+    ) in lines
+    assert any(line.startswith("mixing ratio") and line.endswith("; entropy of A -") for line in lines)
+    assert "softmax, identity: ended by the limit of 6 epochs, and might still improve (--epochs)" in lines
+
+
+def test_a_study_says_how_many_users_it_tests_on(tmp_path, rng):
+    rows = [(rng.integers(20), rng.integers(9), rng.integers(100)) for _ in range(300)]
+    (tmp_path / "small.txt").write_text("user,item,time\n" + "".join(f"u{u},i{i},{t}\n" for u, i, t in rows))
+    log = data.read_log(tmp_path / "small.txt")
+    split = data.temporal(log)
+    assert len(split.valid.users) != len(split.test.users) < 20
+    words = f"small: 20 users, 9 items, 300 interactions; {len(split.test.users)} test users; the last "
+    assert words in invented_study(tmp_path, 1, "--split", "temporal").stderr
+
+
+def test_learning_curves_hold_the_validation_of_each_epoch_of_each_seed(invented):
+    folder, log, _ = invented
+    dataset = study.Dataset("small", log, runs.load_settings(folder / "small/softmax-0"))
+    (curves,) = study.learning_curves(study.grid([dataset], list(EPOCHS), 2, folder)).values()
+    for attn in EPOCHS:
+        for seed in (0, 1):
+            records = files.read_json_lines(folder / f"small/{attn}-{seed}/metrics.jsonl")
+            assert curves[attn][seed] == [record["NDCG@10"] for record in records]
+    assert list(curves) == list(EPOCHS)
+
+
+@pytest.mark.parametrize("attn", EPOCHS)
+def test_a_seed_counts_where_each_weighting_has_finished_it(invented, tmp_path, attn):
+    folder, log, _ = invented
+    shutil.copytree(folder, tmp_path / "out")
+    dataset = study.Dataset("small", log, runs.load_settings(folder / "small/softmax-0"))
+    jobs = study.grid([dataset], list(EPOCHS), 2, tmp_path / "out")
+    (tmp_path / f"out/small/{attn}-0/analysis.json").unlink()
+    results, rows = study.collect(jobs)
+    whole = json.loads((folder / "study.json").read_text())["datasets"]["small"]
+    assert results["small"]["seeds"] == [1] and {row[2] for row in rows} == {1, None}
+    for other in EPOCHS:
+        found = results["small"]["metrics"][other]["HR@10"]
+        assert found["mean"] == pytest.approx(metric("HR@10", kept(folder, other, 1)[1]["test"]).mean())
+        assert found["mean"] != whole["metrics"][other]["HR@10"]["mean"] and found["std"] is None
+    (tmp_path / f"out/small/{attn}-1/analysis.json").unlink()
+    assert study.collect(jobs) == ({}, [])
 
 
 def test_a_verdict_is_no_stronger_than_its_seeds():
@@ -257,6 +625,22 @@ def test_a_verdict_is_no_stronger_than_its_seeds():
     alone = doubt | {"seeds": [0], "mean_g": None, "weighting": {"NDCG@10": test | {"p": None}}}
     assert "one seed cannot say" in study.verdict("beauty", alone) and "(NDCG@10 -1%, 1 seed)" in study.verdict(
         "beauty", alone
+    )
+
+
+def test_a_verdict_speaks_of_the_past_of_all_doubts_and_of_no_number_that_is_none():
+    result = {"weighting": {"NDCG@10": {"relative": 0.214, "p": 0.0123}}, "seeds": [0, 1], "mean_g": 2.345}
+    result |= {"mixing_ratio": 0.456, "regime": "mixing_with_reliance", "doubts": ["few seeds", "few users"]}
+    result |= {"judgements": {"weighting": "better", "integration": "better"}}
+    assert study.verdict("log", result) == (
+        "log: learned attention beats a causal average (NDCG@10 +21%, p = 0.012, mean g = +2.3, 2 seeds); the past "
+        "adds to the last item; blocks keep 54% of each position: regime mixing with reliance, not confident (few "
+        "seeds; few users)."
+    )
+    result |= {"weighting": {"NDCG@10": {"relative": None, "p": None}}, "seeds": [0], "mean_g": None}
+    assert study.verdict("log", result | {"doubts": [], "regime": "preserving"}) == (
+        "log: one seed cannot say whether learned attention is needed (1 seed); the past adds to the last item; "
+        "blocks keep 54% of each position: regime preserving."
     )
 
 
