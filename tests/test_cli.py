@@ -253,6 +253,7 @@ def test_an_evaluation_ranks_what_its_options_say(ragged, part, back, filter_see
         for name, gain in gains.items():
             assert values.pop(f"{name}@{k}") == pytest.approx(np.where(ranks < k, gain, 0).mean())
     missed = int(np.isinf(ranks).sum())
+    assert set(values.pop("baselines")) == {"popularity", "transitions"}
     assert values == {
         "split": part, "attn": list(weightings), "filter_seen": filter_seen, "users": 26, "unreachable": missed,
     }  # fmt: skip
@@ -263,12 +264,15 @@ def test_a_table_of_metrics_holds_under_each_heading_what_json_does(ragged, tmp_
     folder, _ = ragged
     for part in ("test", "valid"):
         values = json.loads(invoke("evaluate", folder, "--split", part, "--json").stdout)
-        printed = invoke("evaluate", folder, "--split", part).stdout
-        assert printed.split("  ", 1)[0].strip() == "" and f"{part}, softmax" in printed.splitlines()[0]
+        first, second, *rows = invoke("evaluate", folder, "--split", part).stdout.splitlines()
+        assert first.split() == [part, "softmax", "popularity", "transitions"]
+        assert second.split() == ["HR", "NDCG", "MRR"] * 3
         assert len({values[f"{name}@10"] for name in ("HR", "NDCG", "MRR")}) == 3
-        assert cells(printed) == {
-            f"@{k}": {name: f"{values[f'{name}@{k}']:.4f}" for name in ("HR", "NDCG", "MRR")} for k in CUTOFFS
-        }
+        ranked = [values, values["baselines"]["popularity"], values["baselines"]["transitions"]]
+        assert [row.split() for row in rows] == [
+            [f"@{k}", *(f"{found[f'{name}@{k}']:.4f}" for found in ranked for name in ("HR", "NDCG", "MRR"))]
+            for k in CUTOFFS
+        ]
 
 
 def test_a_table_of_mixing_ratios_holds_under_each_heading_what_json_does(ragged):
@@ -457,13 +461,14 @@ def test_a_description_holds_in_each_line_the_numbers_of_json(tmp_path):
         share(repeats["exact_duplicates"], n),
         [f"{held['valid_users']:,}", f"{held['test_users']:,}"],
         share(held["unreachable"], held["test_users"]),
+        [],  # more than a fifth are repeats: --no-filter-seen is named
         ["5", *size(found["k_core"]["5"])],
         ["10", *size(found["k_core"]["10"])],
         study,
         study,
     ]
     titles = ["log", "histories", "", *([""] * len(bins)), "popularity", "", "", "repeats", "", "time", "", ""]
-    assert [line[:15].strip() for line in lines[2:]] == [*titles, "temporal", "", "5-core", "10-core", "study", ""]
+    assert [line[:15].strip() for line in lines[2:]] == [*titles, "temporal", "", "", "5-core", "10-core", "study", ""]
     assert re.split(" {2,}", lines[3])[1:] == ["min", "10 %", "25 %", "median", "75 %", "90 %", "max", "mean"]
     most = max(bin["users"] for bin in found["histogram"])
     bars = [-(-40 * bin["users"] // most) for bin in found["histogram"]]
