@@ -472,7 +472,7 @@ def test_a_description_holds_in_each_line_the_numbers_of_json(tmp_path):
     assert re.split(" {2,}", lines[3])[1:] == ["min", "10 %", "25 %", "median", "75 %", "90 %", "max", "mean"]
     most = max(bin["users"] for bin in found["histogram"])
     bars = [-(-40 * bin["users"] // most) for bin in found["histogram"]]
-    assert [line.count("█") for line in lines[5 : 5 + len(bins)]] == bars and max(bars) == 40
+    assert [line.count("#") for line in lines[5 : 5 + len(bins)]] == bars and max(bars) == 40
     assert "the file was not in order, and was sorted" in "".join(lines)
     trained = invoke("train", "--data", *command[1:], "--epochs", 1, "--out", tmp_path / "run")
     assert f"{found['users'] - held['test_users']} of the users have no test target" in trained.stderr
