@@ -1,6 +1,6 @@
 """The training loop: epochs, early stopping on validation, a run folder that can be resumed.
 
-Symbols: P parameters.
+Symbols: P parameters, S steps an epoch.
 
 Everything random is derived from (seed, epoch) or (seed, step), never from a generator that lives
 on, so a run that stops anywhere and is resumed ends in the same bits as one that did not stop.
@@ -28,7 +28,7 @@ def train(log, settings, folder, resume=False, on_step=None, on_epoch=None, stop
     after each step, its loss a 0-d array on the device; on_epoch(record) after each epoch, with the
     line of metrics.jsonl; stop() is asked after each step and ends training there when true. ranks: the
     workers.Ranks that train together, of which the first one writes; on_step's loss is then an estimate from
-    this rank's share, and stop must be None.
+    this rank's share, and stop, where it is given, must end all ranks at the same step.
     Returns the records of all epochs and whether training came to its end (False: it was stopped).
     Raises UserError for a log without training data, a folder that cannot be used, a loss that is
     not finite.
@@ -84,7 +84,9 @@ class Progress:
         state, self.loaded, self.records, self.recorded = team.ranks.share(self.load)
         for name in Memory.NAMES:
             getattr(team, name)[...] = backend.to_device(state[name], team.xp)
-        self.losses = backend.to_device(state["losses"], team.xp)
+        # The ranks' losses add up to a step's: those of the steps before are in the first rank's alone.
+        losses = state["losses"] if team.ranks.rank == 0 else np.zeros(self.n_steps)
+        self.losses = backend.to_device(losses, team.xp)
         self.step, self.seconds = int(state["step"]), float(state["seconds"])  # steps in all, seconds of this epoch
 
     def load(self):
@@ -109,18 +111,25 @@ class Progress:
             if on_step:
                 on_step(epoch, i + 1, self.n_steps, self.losses[i] * self.team.ranks.size)
             if i + 1 < self.n_steps and stop and stop():
-                self.check_finite(backend.to_host(self.losses)[: i + 1])
-                self.save_state()
-                if not self.records:
-                    self.save_checkpoint()
+                losses = self.summed_losses()
+                self.check_finite(losses[: i + 1])
+                if self.team.ranks.rank == 0:
+                    self.save_state(losses)
+                    if not self.records:
+                        self.save_checkpoint()
                 return False
         return True
+
+    def summed_losses(self):
+        """Return the losses of this epoch's steps, [S] on the host, added up over all ranks."""
+        losses = backend.to_host(self.losses).copy()  # waits for the device: all steps are done after it
+        self.team.ranks.add_up(losses)
+        return losses
 
     def close_epoch(self, sequence, valid):
         """Rank the validation targets, add the epoch's record, keep the parameters if they are the best so far."""
         began = time.perf_counter()
-        losses = backend.to_host(self.losses).copy()  # waits for the device: all steps are done after it
-        self.team.ranks.add_up(losses)
+        losses = self.summed_losses()
         self.seconds += time.perf_counter() - began
         self.check_finite(losses)
         parameters, ranks = unflatten(self.team.parameters, self.config), self.team.ranks
@@ -141,7 +150,7 @@ class Progress:
         files.write_json_lines(self.folder / "metrics.jsonl", self.records)
         if best(self.records) is self.records[-1]:
             self.save_checkpoint()
-        self.save_state()
+        self.save_state(losses)
 
     def check_finite(self, losses):
         """Raise UserError where a loss of this epoch's steps so far, or a parameter after them, is not finite."""
@@ -152,9 +161,9 @@ class Progress:
         flat = backend.to_host(self.team.parameters)
         files.write_arrays(self.folder / "checkpoint.npz", unflatten(flat, self.config))
 
-    def save_state(self):
+    def save_state(self, losses):
         arrays = {name: backend.to_host(getattr(self.team, name)) for name in Memory.NAMES}
-        arrays |= {"losses": backend.to_host(self.losses), "step": np.int64(self.step)}
+        arrays |= {"losses": losses, "step": np.int64(self.step)}
         arrays |= {"seconds": np.float64(self.seconds)}
         runs.save_state(self.folder, self.settings, arrays, keep_previous=self.loaded != runs.STATES[1])
         self.loaded = runs.STATES[0]

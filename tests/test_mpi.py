@@ -1,5 +1,6 @@
 """Training and studies over MPI ranks, where mpi4py and an mpiexec are at hand."""
 
+import importlib
 import json
 import os
 import shutil
@@ -11,9 +12,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from click.testing import CliRunner
 from conftest import ROOT, last_json, run_cli
 
 from minirec import files, runs
+from minirec.train import Progress
 from minirec.workers import Ranks
 
 LAUNCHER = shutil.which("mpiexec") or shutil.which("mpiexec", path=str(Path(sys.executable).parent))
@@ -65,6 +68,28 @@ def test_equal_rank_counts_give_equal_bits_and_a_killed_rank_ends_the_job_that_t
     for name in whole:
         np.testing.assert_array_equal(killed[name], whole[name])
     assert sorted(f.name for f in (tmp_path / "killed").iterdir()) == sorted(runs.FILES)
+
+
+@needs_mpi
+@pytest.mark.parametrize("n", [2, 3])
+def test_a_run_stopped_in_mid_epoch_resumes_over_ranks_to_the_losses_of_an_unbroken_one(tmp_path, monkeypatch, n):
+    monkeypatch.syspath_prepend(ROOT)
+    cli = importlib.import_module("cli")
+    monkeypatch.chdir(tmp_path)
+    arguments = (*SHORT, "--epochs", "3", "--out")
+    assert run_cli(*arguments, "whole", cwd=tmp_path).returncode == 0
+    take_steps = Progress.take_steps
+
+    def interrupted(self, on_step, stop):
+        return take_steps(self, on_step, lambda: self.step >= 15)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Progress, "take_steps", interrupted)
+        assert CliRunner().invoke(cli.main, [*arguments, "run"]).exit_code == cli.INTERRUPTED
+    assert files.read_arrays(tmp_path / "run/state.npz")["step"] == 15  # of the second epoch's 13 to 24
+    assert run_mpi(n, *arguments, "run", "--resume", cwd=tmp_path).returncode == 0
+    losses = [[record["loss"] for record in records(tmp_path / name)] for name in ("run", "whole")]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6)
 
 
 def ranks_below(pid):

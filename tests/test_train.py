@@ -5,20 +5,25 @@ import json
 import math
 import multiprocessing
 import os
+import pickle
 import shutil
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from conftest import log_of
+from threadpoolctl import threadpool_limits
 
 from minirec import data, evaluate, files, runs
 from minirec.errors import UserError
 from minirec.loss import LOSSES
 from minirec.model import Config, encode, init_parameters
 from minirec.train import best, check_finite, finished, train
-from minirec.workers import Team
+from minirec.workers import Ranks, Team
 
 FILES = sorted(runs.FILES)
 DEAD = 77  # an exit status
@@ -144,6 +149,64 @@ def test_stopped_after_any_step_and_resumed_gives_the_same_bits(small, tmp_path,
     assert "checkpoint.npz" in [f.name for f in (tmp_path / "run").iterdir()]
     train(log, settings, tmp_path / "run", resume=True)
     assert content(tmp_path / "run") == content(tmp_path / "whole")
+
+
+class Threads:
+    """A communicator among threads: as much of MPI as workers.Ranks uses."""
+
+    def __init__(self, rank, values, barrier):
+        self.rank, self.size, self.values, self.barrier = rank, len(values), values, barrier
+
+    def allgather(self, value):
+        self.values[self.rank] = pickle.dumps(value)
+        self.barrier.wait()
+        found = [pickle.loads(value) for value in self.values]
+        self.barrier.wait()
+        return found
+
+    def bcast(self, value):
+        return self.allgather(value)[0]
+
+    def Allreduce(self, _, x):
+        x[...] = sum(self.allgather(x))
+
+
+def train_over_ranks(n, log, settings, folder, stop_after=None):
+    """Train over n ranks, which are threads here; each of them stops after so many steps."""
+    values, barrier = [None] * n, threading.Barrier(n)
+
+    def train_rank(rank):
+        steps = []
+        stop = stop_after and (lambda: len(steps) >= stop_after)
+        try:
+            ranks = Ranks(Threads(rank, values, barrier))
+            return train(log, settings, folder, True, lambda *_: steps.append(1), stop=stop, ranks=ranks)
+        except BaseException:
+            barrier.abort()  # the others would wait for this one
+            raise
+
+    with threadpool_limits(1, "blas"), ThreadPoolExecutor(n) as pool:
+        return list(pool.map(train_rank, range(n)))
+
+
+@pytest.mark.parametrize("n_before, n_after", [(1, 2), (1, 3), (2, 1), (2, 2), (3, 2)])
+def test_stopped_in_mid_epoch_and_resumed_over_ranks_records_the_loss_of_an_unbroken_run(
+    small, tmp_path, monkeypatch, n_before, n_after
+):
+    monkeypatch.setitem(sys.modules, "mpi4py", SimpleNamespace(MPI=SimpleNamespace(IN_PLACE=None)))
+    log, settings = small
+    whole, _ = train(log, settings, tmp_path / "whole")
+    stopped = train_over_ranks(n_before, log, settings, tmp_path / "run", stop_after=6)
+    assert [complete for _, complete in stopped] == [False] * n_before
+    state = files.read_arrays(tmp_path / "run/state.npz")
+    assert state["step"] == 6 and whole[0]["steps"] == 4
+    resumed = train_over_ranks(n_after, log, settings, tmp_path / "run")
+    for records, complete in resumed:
+        assert complete
+        assert [record["loss"] for record in records] == pytest.approx([record["loss"] for record in whole], rel=1e-6)
+    assert [r["loss"] for r in files.read_json_lines(tmp_path / "run/metrics.jsonl")] == [r["loss"] for r in records]
+    losses = [files.read_arrays(tmp_path / name / "state.npz")["losses"] for name in ("run", "whole")]
+    np.testing.assert_allclose(*losses, rtol=1e-6)
 
 
 def die_at_call(n, log, settings, folder):
