@@ -82,7 +82,6 @@ ROWS_AT_A_TIME = 1 << 14  # through Python's csv
 MAX_LINE_BYTES = 1 << 24
 MAX_ID_BYTES = 256
 MAX_EXPANSION, EXPANSION_FROM = 100, 1 << 28  # of a gzip file; text that shrinks to a hundredth is no log
-MAX_REDRAWS = 100
 SHORTEST_SPLIT = 3  # a target for test, one for validation, and something before them
 QUANTILE = 0.9  # of time, where the temporal split cuts
 
@@ -726,28 +725,39 @@ def windows_end_to_end(sequence, starts, lengths):
     return sequence[np.arange(sizes.sum()) + np.repeat(starts - begins, sizes)], begins
 
 
-def training_pairs(log, split):
-    """Return user * V + item of everything trained on, sorted, each once: what unseen_negatives avoids."""
+class Seen(NamedTuple):
+    """The items that each user was trained on, each once, s_0 < s_1 < ... of a user, as unseen_negatives needs them."""
+
+    offsets: np.ndarray  # [U + 1]; user u's are gaps[offsets[u]:offsets[u + 1]]
+    gaps: np.ndarray  # u * V + s_j - j, ascending: so many of the user's unseen items lie below s_j
+
+
+def seen_items(log, split):
+    """Return the Seen of everything that is trained on."""
     users = np.repeat(np.arange(len(log.users)), split.train_lengths)
     begins = np.cumsum(split.train_lengths) - split.train_lengths
     places = np.arange(len(users)) + np.repeat(log.offsets[:-1] - begins, split.train_lengths)
-    return np.unique(users * len(log.items) + log.sequence[places])
+    pairs = np.unique(users * len(log.items) + log.sequence[places])
+    counts = np.bincount(pairs // len(log.items), minlength=len(log.users))
+    offsets = np.concatenate([[0], np.cumsum(counts)])
+    return Seen(offsets, pairs - (np.arange(len(pairs)) - np.repeat(offsets[:-1], counts)))
 
 
-def unseen_negatives(rng, users, n_items, pairs):
-    """Draw, for each of `users` [n], an item uniformly from those that the user has not had.
+def unseen_negatives(rng, users, targets, n_items, seen):
+    """Draw, for each of n positions, an item uniformly from those that its user was not trained on.
 
-    pairs: as from training_pairs. Draws that hit are drawn again, at most MAX_REDRAWS times: a user who
-    has had everything keeps a seen one. Returns [n].
+    users, targets [n]: the user and the next item of each position; seen: Seen. For a user who was trained on all
+    items the draw is from all items but the position's target: a model must not be taught both that an item comes
+    next and that it does not. Needs n_items >= 2. Returns [n].
+
+    The x-th unseen item of a user, from 0, is x plus the number of seen items below it. A seen item s_j has j seen
+    and so s_j - j unseen items below it: it lies below the x-th unseen one where s_j - j <= x.
     """
-    items = rng.integers(n_items, size=len(users))
-    for _ in range(MAX_REDRAWS):
-        drawn = users * n_items + items
-        seen = pairs[np.minimum(np.searchsorted(pairs, drawn), len(pairs) - 1)] == drawn
-        if not seen.any():
-            break
-        items[seen] = rng.integers(n_items, size=int(seen.sum()))
-    return items
+    n_seen = np.diff(seen.offsets)[users]
+    has_all = n_seen == n_items
+    x = rng.integers(n_items - np.where(has_all, 1, n_seen))
+    n_below = np.searchsorted(seen.gaps, users * n_items + x, side="right") - seen.offsets[users]
+    return x + np.where(has_all, targets <= x, n_below)
 
 
 def batches(n, batch_size, seed, epoch):

@@ -40,7 +40,9 @@ from minirec.parameters import Config, parameter_count, parameter_shapes
 STATES = ("state.npz", "state.previous.npz")  # the newest first
 FILES = ("config.json", "items.json", "metrics.jsonl", "checkpoint.npz", *STATES)
 RUNS = Path("runs")
-PROTOCOL = 2  # what settings mean. 1: all matrices N(0, 0.02); a temporal split whose validation began elsewhere
+# What settings mean. 1: all matrices N(0, 0.02); a temporal split whose validation began elsewhere; bce whose negatives
+# could be seen items.
+PROTOCOL = 2
 SELECTED_BY = "NDCG@10"  # on validation: it picks the checkpoint and stops the run
 
 

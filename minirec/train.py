@@ -7,12 +7,13 @@ on, so a run that stops anywhere and is resumed ends in the same bits as one tha
 """
 
 import time
+import warnings
 from contextlib import nullcontext
 
 import numpy as np
 
 from minirec import backend, files, runs
-from minirec.data import Cases, batches, training_pairs, training_windows
+from minirec.data import Cases, batches, seen_items, training_windows
 from minirec.errors import UserError
 from minirec.evaluate import metrics, rank_targets
 from minirec.parameters import init_parameters, parameter_count, unflatten
@@ -46,8 +47,10 @@ def train(log, settings, folder, resume=False, on_step=None, on_epoch=None, stop
     sampling = None
     if training["loss"] != "ce":
         largest_batch = training["batch_size"] * (config.max_length + 1)
-        pairs = training_pairs(log, split)
-        sampling = Sampling(training["loss"], training["negatives"], pairs, log.offsets, largest_batch)
+        seen = seen_items(log, split) if training["loss"] == "bce" else None
+        if seen:
+            check_negatives(seen, len(log.items))
+        sampling = Sampling(training["loss"], training["negatives"], seen, log.offsets, largest_batch)
 
     # The workers start first: they must not inherit, and outlive, the lock on the run folder.
     team = Team(config, log.sequence, xp, training["workers"], sampling, ranks)
@@ -67,6 +70,22 @@ def train(log, settings, folder, resume=False, on_step=None, on_epoch=None, stop
             if stop and stop():
                 return run.records, False
     return run.records, True
+
+
+def check_negatives(seen, n_items):
+    """Warn of users who were trained on all items, so that none is unseen; raise UserError where there is one item.
+
+    seen: data.Seen.
+    """
+    if n_items < 2:
+        raise UserError("--loss bce needs a second item as the negative, and this log has one item: use --loss ce")
+    n_seen = np.diff(seen.offsets)
+    if n_without := int((n_seen == n_items).sum()):
+        warnings.warn(
+            f"--loss bce: {n_without:,} of {len(n_seen):,} users were trained on all {n_items:,} items, so their "
+            "negatives are any items but the target",
+            stacklevel=3,
+        )
 
 
 class Progress:

@@ -32,7 +32,7 @@ import numpy as np
 from threadpoolctl import threadpool_limits
 
 from minirec.backend import generator, get_array_module, to_device, to_host
-from minirec.data import unseen_negatives, windows_end_to_end
+from minirec.data import Seen, unseen_negatives, windows_end_to_end
 from minirec.errors import UserError
 from minirec.model import add_gradients
 from minirec.optimizer import adam_step
@@ -115,7 +115,7 @@ class Sampling(NamedTuple):
 
     loss: str  # one of LOSSES but "ce"
     n_negatives: int  # K of "sampled"
-    pairs: np.ndarray  # as from data.training_pairs
+    seen: Seen | None  # what "bce" avoids
     offsets: np.ndarray  # the log's
     largest_batch: int  # inputs and targets together: how many rows a step may touch
 
@@ -124,12 +124,19 @@ class Sampling(NamedTuple):
         negatives = self.n_negatives if self.loss == "sampled" else self.largest_batch
         return min(n_items, self.largest_batch + negatives)
 
-    def draw(self, rng, n_items, starts, lengths):
-        """Return the negatives of a batch: [K] for all, or one for each place of windows_end_to_end."""
+    def draw(self, rng, n_items, flat, starts, lengths):
+        """Return the negatives of a batch: [K] for all its positions, or one for each place of flat.
+
+        flat: its windows, as from data.windows_end_to_end. A window's last item is a target only and has no
+        negative: its own item stands there, so that no row of the table is touched in vain.
+        """
         if self.loss == "sampled":
             return rng.integers(n_items, size=self.n_negatives)
-        users = np.searchsorted(self.offsets, starts, side="right") - 1
-        return unseen_negatives(rng, np.repeat(users, lengths + 1), n_items, self.pairs)
+        inputs = np.delete(np.arange(len(flat)), np.cumsum(lengths + 1) - 1)
+        users = np.repeat(np.searchsorted(self.offsets, starts, side="right") - 1, lengths)
+        negatives = flat.copy()
+        negatives[inputs] = unseen_negatives(rng, users, flat[inputs + 1], n_items, self.seen)
+        return negatives
 
 
 LAUNCHED = {  # what launchers set: of Open MPI, of MPICH and its kin, of others
@@ -304,13 +311,13 @@ class Worker:
         Returns config, parameters, sequence, starts and negatives, all in terms of the small table.
         """
         stream = generator(np, *key, NO_LANE)
-        negatives = self.sampling.draw(stream, self.config.n_items, starts, lengths)
-        flat, starts = windows_end_to_end(self.sequence, starts, lengths)
+        flat, begins = windows_end_to_end(self.sequence, starts, lengths)
+        negatives = self.sampling.draw(stream, self.config.n_items, flat, starts, lengths)
         table, renumbered = np.unique(np.concatenate([flat, negatives]), return_inverse=True)
         self.table = to_device(table, self.xp)
         config = replace(self.config, n_items=len(table))
         parameters = self.views | {"item_embedding": self.views["item_embedding"][self.table]}
-        return config, parameters, renumbered[: len(flat)], starts, renumbered[len(flat) :]
+        return config, parameters, renumbered[: len(flat)], begins, renumbered[len(flat) :]
 
     def sum_up(self):
         """Add this worker's slices of all lanes to the first."""

@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 from conftest import ROOT, log_of, real_log, run_cli
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from minirec import data, planted
@@ -581,17 +581,59 @@ def test_training_never_sees_a_held_out_item(lengths, max_length):
     assert list(windows) == expected
 
 
-def test_unseen_negatives_are_uniform_over_what_the_user_was_not_trained_on():
-    log = log_of([[0, 1, 2, 3, 4], [5, 6, 7], [8, 9, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9]])
-    split = data.leave_one_out(log)
-    pairs = data.training_pairs(log, split)
-    rng = np.random.default_rng(0)
-    drawn = data.unseen_negatives(rng, np.repeat([0, 1, 2], 7000), 10, pairs).reshape(3, -1)
-    assert set(drawn[0]) == set(range(10)) - {0, 1, 2}
-    assert set(drawn[1]) == set(range(10)) - {5}
-    assert set(drawn[2]) <= set(range(10))  # this user has had everything, and still the draw ends
-    counts = np.bincount(drawn[0], minlength=10)[3:]
-    assert abs(counts - 1000).max() < 150
+class Given:
+    """A generator whose draws are given; it checks that they lie below the bounds."""
+
+    def __init__(self, draws):
+        self.draws = np.array(draws)
+
+    def integers(self, bounds):
+        assert (self.draws < bounds).all()
+        return self.draws
+
+
+@given(LISTS, st.sampled_from([9, 12]))
+def test_every_unseen_item_is_the_negative_of_one_draw(sequences, n_items):
+    log = log_of(sequences)
+    log.items = [str(i) for i in range(n_items)]  # LISTS holds 0 to 8
+    split = data.Split(np.array([len(s) for s in sequences]), None, None)
+    unseen = [sorted(set(range(n_items)) - set(items)) or None for items in sequences]
+    expected, users, draws = [], [], []
+    for user, items in enumerate(unseen):
+        if items is None:  # the user was trained on everything: all but the target, which is 3 here
+            items = [0, 1, 2, *range(4, n_items)]
+        expected += items
+        users += [user] * len(items)
+        draws += range(len(items))
+    targets = np.full(len(users), 3)
+    found = data.unseen_negatives(Given(draws), np.array(users), targets, n_items, data.seen_items(log, split))
+    assert list(found) == expected
+
+
+@given(LISTS, st.integers(0, 10**6))
+def test_unseen_negatives_equal_a_plain_loop(sequences, seed):
+    log = log_of(sequences)
+    split, n_items = data.leave_one_out(log), len(log.items)
+    assume(n_items >= 2)
+    users = np.random.default_rng(seed).integers(len(sequences), size=50)
+    targets = np.array([sequences[user][-1] for user in users])
+    found = data.unseen_negatives(np.random.default_rng(7), users, targets, n_items, data.seen_items(log, split))
+    allowed = []
+    for user, target in zip(users, targets, strict=True):
+        seen = set(sequences[user][: split.train_lengths[user]])
+        avoided = seen if len(seen) < n_items else {target}
+        allowed.append([item for item in range(n_items) if item not in avoided])
+    draws = np.random.default_rng(7).integers([len(items) for items in allowed])
+    assert list(found) == [items[draw] for items, draw in zip(allowed, draws, strict=True)]
+
+
+def test_a_user_who_has_had_all_items_but_one_gets_that_one_and_one_who_had_all_never_the_target():
+    log = log_of([[*range(150), *range(151, 200), 150, 0], [*range(200), 0, 1]])
+    seen = data.seen_items(log, data.leave_one_out(log))
+    users, targets = np.repeat([0, 1], 2000), np.arange(4000) % 200
+    found = data.unseen_negatives(np.random.default_rng(0), users, targets, 200, seen)
+    assert set(found[:2000]) == {150}
+    assert set(found[2000:]) == set(range(200)) and (found[2000:] != targets[2000:]).all()
 
 
 def test_windows_end_to_end_hold_inputs_and_targets():

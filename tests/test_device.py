@@ -39,9 +39,7 @@ def steps(xp, config, n_sequences, loss="ce", n_steps=2):
     starts, lengths = data.training_windows(log, split, config.max_length)
     sampling = None
     if loss != "ce":
-        sampling = Sampling(
-            loss, 50, data.training_pairs(log, split), log.offsets, n_sequences * (config.max_length + 1)
-        )
+        sampling = Sampling(loss, 50, data.seen_items(log, split), log.offsets, n_sequences * (config.max_length + 1))
     flat = np.concatenate([x.reshape(-1) for x in model.init_parameters(config, 0).values()])
     losses = []
     with Team(config, log.sequence, xp, 1, sampling) as team:

@@ -468,6 +468,21 @@ def test_nothing_to_train_or_validate_on_leaves_no_folder(small, tmp_path, lengt
     assert not (tmp_path / "run").exists()
 
 
+def test_users_without_an_unseen_item_are_told_of_and_a_single_item_is_refused(small, tmp_path):
+    _, settings = small
+    settings["training"] |= {"loss": "bce", "epochs": 1}
+    settings["model"]["n_items"] = 3
+    sequence = np.array([0, 1, 2, 0, 1, 0, 1, 0, 1], np.int32)
+    log = data.Log(["a", "b"], ["x", "y", "z"], np.array([0, 5, 9]), sequence)
+    with pytest.warns(UserWarning, match="bce: 1 of 2 users were trained on all 3 items.*any items but the target"):
+        train(log, settings, tmp_path / "run")
+    settings["model"]["n_items"] = 1
+    log = data.Log(["a", "b"], ["x"], np.array([0, 5, 9]), np.zeros(9, np.int32))
+    with pytest.raises(UserError, match="--loss bce needs a second item.*--loss ce"):
+        train(log, settings, tmp_path / "one")
+    assert not (tmp_path / "one").exists()
+
+
 def test_a_loss_that_is_not_finite_names_its_step():
     with pytest.raises(UserError, match="nan at step 13 .lr 0.1, seed 0.*--lr"):
         check_finite(np.array([1.0, 2.0, np.nan, np.nan]), 10, {"lr": 0.1, "seed": 0})

@@ -122,8 +122,8 @@ def sampled_team(loss, n_workers=2):
     log = data.Log([""] * 30, [""] * 500, np.concatenate([[0], np.cumsum(sizes)]), sequence)
     split = data.leave_one_out(log)
     starts, lengths = data.training_windows(log, split, 10)
-    pairs = data.training_pairs(log, split)
-    sampling = Sampling(loss, 20, pairs, log.offsets, int((lengths + 1).sum()))
+    seen = data.seen_items(log, split)
+    sampling = Sampling(loss, 20, seen, log.offsets, int((lengths + 1).sum()))
     config = model.Config(n_items=500, hidden_size=8, max_length=10, dropout=0)
     team = Team(config, sequence, np, n_workers, sampling)
     team.parameters[...] = np.concatenate([v.reshape(-1) for v in model.init_parameters(config, 0).values()])
@@ -136,8 +136,8 @@ def test_the_small_table_gives_the_gradients_of_the_full_one(loss):
     with team:
         value = float(team.compute_gradients(starts, lengths, (7, 1)))
         table, small = team.lead.table, team.gradients.sum(axis=0)
-        negatives = sampling.draw(backend.generator(np, 7, 1, NO_LANE), 500, starts, lengths)
         flat, begins = data.windows_end_to_end(sequence, starts, lengths)
+        negatives = sampling.draw(backend.generator(np, 7, 1, NO_LANE), 500, flat, starts, lengths)
         batch = pack(flat, begins, lengths, negatives=negatives if loss == "bce" else None)
         if loss == "sampled":
             batch = batch._replace(negatives=negatives)
@@ -200,12 +200,43 @@ def test_sampled_steps_are_those_of_adam_on_the_touched_rows_alone(loss, n_worke
 
 
 @pytest.mark.parametrize("loss, n", [("sampled", 5), ("bce", 6)])
-def test_negatives_are_drawn_from_all_items(loss, n):
-    sampling = Sampling(loss, 5, np.array([0]), np.array([0, 9]), 10)  # the one user has had item 0 alone
-    starts, lengths = np.array([2, 5]), np.array([1, 3])
-    draws = [sampling.draw(np.random.default_rng(seed), 7, starts, lengths) for seed in range(200)]
-    assert {len(draw) for draw in draws} == {n}
-    assert set(np.concatenate(draws)) == set(range(7)) - ({0} if loss == "bce" else set())
+def test_negatives_are_drawn_from_all_items_and_those_of_bce_from_the_unseen_ones(loss, n):
+    seen = data.Seen(np.array([0, 1]), np.array([0]))  # the one user has had item 0 alone
+    sampling = Sampling(loss, 5, seen, np.array([0, 9]), 10)
+    starts, lengths, flat = np.array([2, 5]), np.array([1, 3]), np.zeros(6, int)  # two windows of 2 and 4 items
+    draws = np.stack([sampling.draw(np.random.default_rng(seed), 7, flat, starts, lengths) for seed in range(200)])
+    assert draws.shape == (200, n)
+    inputs = [0, 2, 3, 4]  # the last item of a window is a target only
+    drawn = draws[:, inputs] if loss == "bce" else draws
+    assert set(drawn.flat) == set(range(7)) - ({0} if loss == "bce" else set())
+
+
+@pytest.mark.parametrize("loss", ["sampled", "bce"])
+@pytest.mark.parametrize("n_workers", [1, 2])
+def test_rows_of_items_that_no_loss_looks_at_keep_parameters_and_moments_to_the_bit(loss, n_workers):
+    team, config, sequence, starts, lengths, sampling = sampled_team(loss, n_workers)
+    rng = np.random.default_rng(5)
+    with team:
+        for array in (team.first_moment, team.second_moment):  # as after other steps: a zero gradient moves such rows
+            array[...] = rng.uniform(0.1, 1, len(array))
+        arrays = [team.parameters, team.first_moment, team.second_moment]
+        tables = [array[: config.n_items * 8].reshape(-1, 8) for array in arrays]
+        for step in range(1, 4):
+            batch = np.random.default_rng(step).permutation(len(starts))[:9]
+            before = [table.copy() for table in tables]
+            flat, begins = data.windows_end_to_end(sequence, starts[batch], lengths[batch])
+            stream = backend.generator(np, 7, step, NO_LANE)
+            negatives = sampling.draw(stream, 500, flat, starts[batch], lengths[batch])
+            used = set(flat) | set(negatives if loss == "sampled" else ())
+            for begin, length in zip(begins, lengths[batch], strict=True):
+                used |= set(negatives[begin : begin + length]) if loss == "bce" else set()
+            team.compute_gradients(starts[batch], lengths[batch], (7, step))
+            team.update(step, 0.01)
+            unused = sorted(set(range(500)) - used)
+            assert len(unused) > 100
+            for table, as_it_was in zip(tables, before, strict=True):
+                np.testing.assert_array_equal(table[unused], as_it_was[unused])
+                assert (table[sorted(used)] != as_it_was[sorted(used)]).any(axis=1).all()
 
 
 def test_without_room_for_a_process_no_worker_is_left(monkeypatch):
