@@ -1349,7 +1349,7 @@ def describe_file(path, as_json, **options):
     """
     source = reading_options(path, options)
     log = load_log(source)
-    result = describe(log, runs.split_log(log, {"data": source}))
+    result = describe(log, runs.split_log(log, {"data": source}), source["drop_repeats"])
     result["study"] = dict(zip(("max_length", "dropout"), studying.sensible(log), strict=True))
     if as_json:
         say_json({"path": path, "read_as": log.read_as} | result)

@@ -568,6 +568,20 @@ def _seconds(date):
 # Filtering
 
 
+def filter_log(log, k=1, no_repeats=False):
+    """Return the Log that a k-core leaves; no_repeats: of one in which no item follows itself (see drop_repeats).
+
+    What the k-core takes away can make two equal items neighbours, and without one of them an item can be rare:
+    both are done until nothing changes. Raises UserError where nothing is left.
+    """
+    before = None
+    while before != len(log.sequence):
+        before = len(log.sequence)
+        log = drop_repeats(log) if no_repeats else log
+        log = k_core(log, k) if k > 1 else log
+    return log
+
+
 def keep_interactions(log, keep):
     """Return the Log of the interactions that keep, a mask [n] or ascending places, selects; users and items left
     without any go."""
@@ -613,23 +627,15 @@ def drop_repeats(log):
 def k_core(log, k):
     """Return the largest Log in which every user and every item has at least k interactions.
 
-    Raises UserError where nothing is left.
-    """
-    places = core_places(log, k)
-    if not len(places):
-        raise UserError(f"--k-core {k} leaves no interaction of this log; choose a smaller one")
-    return keep_interactions(log, places)
-
-
-def core_places(log, k):
-    """Return the places, ascending, of the interactions that a k-core keeps.
-
-    Dropping a rare item can make a user rare, and so on: it is repeated until nothing changes.
+    Dropping a rare item can make a user rare, and so on: it is repeated until nothing changes. Raises UserError
+    where nothing is left.
     """
     places, users, items = np.arange(len(log.sequence)), users_of(log), log.sequence
     while (rare := (np.bincount(users)[users] < k) | (np.bincount(items)[items] < k)).any():
         places, users, items = (x[~rare] for x in (places, users, items))
-    return places
+    if not len(places):
+        raise UserError(f"--k-core {k} leaves no interaction of this log; choose a smaller one")
+    return keep_interactions(log, places)
 
 
 # Splitting

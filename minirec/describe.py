@@ -5,7 +5,8 @@ Symbols: U users, V items, n interactions, M test users.
 
 import numpy as np
 
-from minirec.data import core_places, users_of
+from minirec.data import filter_log, users_of
+from minirec.errors import UserError
 
 QUANTILES = (0, 10, 25, 50, 75, 90, 100)  # percent
 CORES = (5, 10)
@@ -15,8 +16,11 @@ UNITS = {"seconds": 1, "milliseconds": 10**3, "microseconds": 10**6, "nanosecond
 EARLIEST, LATEST = 10**8, 10**11  # seconds since 1970, March 1973 and the year 5138: what a timestamp may mean
 
 
-def describe(log, split):
-    """Return what is in a data.Log, and in its data.Split, as a dict that JSON can hold."""
+def describe(log, split, no_repeats=False):
+    """Return what is in a data.Log, and in its data.Split, as a dict that JSON can hold.
+
+    no_repeats: whether repeats were dropped from the log, and so would be dropped from its k-cores.
+    """
     lengths, popularity = np.diff(log.offsets), np.bincount(log.sequence, minlength=len(log.items))
     unreachable = count_unreachable(log, split.test)
     return {
@@ -35,7 +39,7 @@ def describe(log, split):
             "users_without_test": len(log.users) - len(split.test.users),
             "unreachable": unreachable,
         },
-        "k_core": {str(k): core_size(log, k) for k in CORES},
+        "k_core": {str(k): core_size(log, k, no_repeats) for k in CORES},
     }
 
 
@@ -131,9 +135,10 @@ def date(moment, unit):
     return str(np.datetime64(int(moment // UNITS[unit]), "s")).replace("T", " ")
 
 
-def core_size(log, k):
-    """Count users, items and interactions of the k-core, all zero where nothing is left."""
-    places = core_places(log, k)
-    names = {"users": users_of(log), "items": log.sequence}
-    counts = {name: int((np.bincount(numbers[places]) > 0).sum()) for name, numbers in names.items()}
-    return counts | {"interactions": len(places)}
+def core_size(log, k, no_repeats=False):
+    """Count users, items and interactions of what data.filter_log leaves, all zero where that is nothing."""
+    try:
+        core = filter_log(log, k, no_repeats)
+    except UserError:
+        return {"users": 0, "items": 0, "interactions": 0}
+    return {"users": len(core.users), "items": len(core.items), "interactions": len(core.sequence)}

@@ -140,12 +140,7 @@ def load_log(source, progress=None, to_split=True):
         log = planted.DATASETS[source["path"]]()
     else:
         log = data.read_log(source["path"], source["format"], source["columns"], progress, to_split)
-    before = None
-    while before != len(log.sequence):  # what the k-core takes away can make two equal items neighbours
-        before = len(log.sequence)
-        log = data.drop_repeats(log) if source["drop_repeats"] else log
-        log = data.k_core(log, source["k_core"]) if source["k_core"] > 1 else log
-    return log
+    return data.filter_log(log, source["k_core"], source["drop_repeats"])
 
 
 def split_log(log, settings):

@@ -3,10 +3,11 @@
 import numpy as np
 import pytest
 from conftest import log_of, real_log
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from minirec import data, describe
+from minirec import data, describe, runs
+from minirec.errors import UserError
 
 SEQUENCES = st.lists(st.lists(st.integers(0, 6), min_size=1, max_size=12), min_size=2, max_size=10)
 
@@ -95,6 +96,30 @@ def test_the_unit_of_timestamps_is_recognised_where_they_are_dates(middle, furth
     assert describe.time_unit(middle, furthest) == unit
     if unit:
         assert describe.date(middle, unit).startswith("2014-05-13 16:53:20")
+
+
+@given(SEQUENCES, st.integers(1, 3), st.booleans())
+@settings(deadline=None, max_examples=50)
+def test_core_sizes_are_those_of_the_log_that_the_same_options_and_k_core_give(tmp_path_factory, sequences, k, drop):
+    path = tmp_path_factory.mktemp("logs") / "log.csv"
+    rows = [f"u{user},i{item}" for user, items in enumerate([*sequences, [7, 8, 9]]) for item in items]
+    path.write_text("\n".join(["user,item", *rows]))
+    source = {"path": str(path), "format": None, "columns": None, "k_core": 1, "drop_repeats": drop}
+    found = describe.core_size(runs.load_log(source), k, drop)
+    try:
+        log = runs.load_log(source | {"k_core": k})
+    except UserError:
+        assert set(found.values()) == {0}
+    else:
+        assert found == {"users": len(log.users), "items": len(log.items), "interactions": len(log.sequence)}
+
+
+def test_repeats_that_a_core_makes_are_dropped_from_its_size():
+    # Without x, which is rare, items of the first user follow themselves; then one a user is left of each.
+    log = log_of([[0, 9, 0, 1, 2, 3, 4], [0, 1, 2, 3, 4], [0, 1, 2, 3, 4], [0, 1, 2, 3, 4], [0, 1, 2, 3, 4]])
+    found = {drop: describe.describe(log, data.leave_one_out(log), drop)["k_core"]["5"] for drop in (False, True)}
+    assert found[False] == {"users": 5, "items": 5, "interactions": 26}
+    assert found[True] == {"users": 5, "items": 5, "interactions": 25}
 
 
 def test_a_core_is_as_large_as_the_filtered_log():
