@@ -429,8 +429,9 @@ def train(ctx, out, resume, as_json, mpi_buffers, **options):
     folder = folder or runs.new_folder(log_name(options["data"]), config.attn)
     split = runs.split_log(log, settings)
     say(f"{options['data']}: {len(log.users):,} users, {len(log.items):,} items, {len(log.sequence):,} interactions")
-    if without := len(log.users) - len(split.test.users):
-        say(f"{without:,} of the users have no test target and are kept for training only")
+    parts = [len(training_windows(log, split, config.max_length)[0]), len(split.valid.users), len(split.test.users)]
+    if min(parts) < len(log.users):
+        say("of the users, {:,} are trained on, {:,} have a validation target, {:,} a test target".format(*parts))
     if options["filter_seen"]:
         remark_on_repeats(count_unreachable(log, split.test), len(split.test.users))
     say(f"{config.attn} attention, {config.n_blocks} blocks, D = {config.hidden_size} -> {folder}")

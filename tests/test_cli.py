@@ -59,9 +59,28 @@ def test_train_json_holds_the_test_metrics_and_nothing_else_is_on_stdout(tmp_pat
     result = last_json(process)
     assert result["epochs"] == 2 and METRICS <= set(result["test"]) and result["test"]["split"] == "test"
     assert (tmp_path / result["run"] / "checkpoint.npz").exists()
-    assert "1 of the users have no test target" in process.stderr
+    assert "of the users, 4 are trained on, 3 have a validation target, 3 a test target" in process.stderr
     settings = json.loads((tmp_path / result["run"] / "config.json").read_text())
     assert settings["model"]["n_items"] == 6 and settings["training"]["seed"] == 0
+
+
+def test_train_counts_the_users_that_the_temporal_split_trains_on_validates_and_tests(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(ROOT)
+    monkeypatch.chdir(tmp_path)
+    spans = {
+        "a": range(0, 30),
+        "b": range(30, 60),
+        "c": range(60, 83),
+        "d": range(83, 90),
+        "e": [70, 95, 96],
+        "f": [97],
+    }
+    rows = [f"{user},{user}{t % 7},{t}" for user, times in spans.items() for t in times]
+    (tmp_path / "log.csv").write_text("\n".join(["user,item,time", *rows]))
+    arguments = ["train", "--data", "log.csv", "--split", "temporal", "--epochs", "1"]
+    words = CliRunner().invoke(importlib.import_module("cli").main, arguments).stderr
+    assert "of the users, 3 are trained on, 1 have a validation target, 2 a test target" in words
+    assert "training only" not in words
 
 
 @pytest.mark.parametrize(
