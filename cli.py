@@ -1408,7 +1408,8 @@ def description(result, split):
     if times:
         span = f"{times['first']:,} to {times['last']:,}: numbers that are no dates"
         if times["unit"]:
-            span = f"{times['first_date']} to {times['last_date']} UTC, from {times['unit']}"
+            read = "dates" if times["dated"] else times["unit"]
+            span = f"{times['first_date']} to {times['last_date']} UTC, from {read}"
         order = "not in order, and was sorted" if times["reordered"] else "in order within each user"
         lines += [
             ("time", f"{span}; the file was {order}"),

@@ -96,6 +96,7 @@ class Log:
     sequence: np.ndarray  # [n] item indices 0..V-1, int32
     times: np.ndarray | None = None  # [n] when, ascending within a user, int64 or float64; None: not recorded
     read_as: str = ""  # the format and the columns that were taken from the file
+    dated: bool = False  # whether the file held dates: then times are seconds since 1970
     reordered: bool = False  # whether the file did not hold every user's interactions in order of time
 
     def history(self, user):
@@ -292,9 +293,9 @@ def read_log(path, format=None, columns=None, progress=None, to_split=True):
         source.fail(f"a header whose columns are separated by spaces, {_shown(first)}; use tabs or commas")
     users, items = _Numbering("user"), _Numbering("item")
     if header is None:
-        user_of, item_of, times, read_as = _read_lines(source, pieces, users, items, format)
+        user_of, item_of, times_read, read_as = _read_lines(source, pieces, users, items, format)
     else:
-        user_of, item_of, times, read_as = _read_table(source, pieces, users, items, header)
+        user_of, item_of, times_read, read_as = _read_table(source, pieces, users, items, header)
     counts = np.bincount(user_of, minlength=len(users.names))
     if to_split and len(counts) < 2:
         raise UserError(
@@ -304,13 +305,14 @@ def read_log(path, format=None, columns=None, progress=None, to_split=True):
         raise UserError(f"{path}: no user has {SHORTEST_SPLIT} interactions, so none can be held out for a test")
     # The sorts are stable: by user, within a user by time, ties in file order.
     order = np.argsort(user_of, kind="stable")
-    offsets, reordered = np.concatenate([[0], np.cumsum(counts)]), False
-    if times is not None:
+    offsets, times, dated, reordered = np.concatenate([[0], np.cumsum(counts)]), None, False, False
+    if times_read:
+        times, dated = times_read.all(), times_read.dated
         as_read, same_user = times[order], np.diff(user_of[order]) == 0
         reordered = bool((same_user & (as_read[1:] < as_read[:-1])).any())
         order = np.lexsort((times, user_of)) if reordered else order
         times = times[order]
-    return Log(users.names, items.names, offsets, item_of[order], times, read_as, reordered)
+    return Log(users.names, items.names, offsets, item_of[order], times, read_as, dated, reordered)
 
 
 def _shown(text):
@@ -455,7 +457,7 @@ def _read_table(source, pieces, users, items, header):
     others = [name for place, name in enumerate(header.fields) if name and place not in header.places]
     read_as = f"{'csv' if header.quoted else 'inter'}: {', '.join(taken)}"
     read_as += f" (not used: {', '.join(others)})" if others else ""
-    return np.concatenate(user_of), np.concatenate(item_of), times.all() if len(taken) > 2 else None, read_as
+    return np.concatenate(user_of), np.concatenate(item_of), times if len(taken) > 2 else None, read_as
 
 
 def _cut(piece, header):

@@ -105,10 +105,11 @@ def count_unreachable(log, cases):
 def _time(log):
     """Describe a log's times: what they are, when it begins and ends, and how well they order it."""
     first, last = log.times.min().item(), log.times.max().item()
-    unit = time_unit(float(np.median(log.times)), max(-first, last))
+    unit = "seconds" if log.dated else time_unit(float(np.median(log.times)), max(-first, last))
     same_user = np.diff(users_of(log)) == 0
     return {
         "unit": unit,
+        "dated": log.dated,
         "first": first,
         "last": last,
         "first_date": unit and date(first, unit),

@@ -33,6 +33,7 @@ def test_a_small_log_is_described_as_counted_by_hand():
     assert found["time"] == {
         "unit": "seconds", "first": 1_400_000_005, "last": 1_400_000_030,
         "first_date": "2014-05-13 16:53:25", "last_date": "2014-05-13 16:53:50", "ties": 3, "reordered": False,
+        "dated": False,
     }  # fmt: skip
     assert found["split"] == {"valid_users": 2, "test_users": 2, "users_without_test": 1, "unreachable": 1}
     assert found["k_core"]["5"] == {"users": 0, "items": 0, "interactions": 0}
@@ -96,6 +97,24 @@ def test_the_unit_of_timestamps_is_recognised_where_they_are_dates(middle, furth
     assert describe.time_unit(middle, furthest) == unit
     if unit:
         assert describe.date(middle, unit).startswith("2014-05-13 16:53:20")
+
+
+@pytest.mark.parametrize(
+    "first, last, begins, ends",
+    [
+        ("1969-12-31 23:59:59", "1970-01-02", "1969-12-31 23:59:59", "1970-01-02 00:00:00"),
+        ("0001-01-01", "1951-02-03T04:05:06.5", "0001-01-01 00:00:00", "1951-02-03 04:05:06"),
+    ],
+)
+def test_times_read_as_dates_are_dates_however_old(tmp_path, first, last, begins, ends):
+    path = tmp_path / "log.csv"
+    path.write_text(f"user,item,date\nu,a,{first}\nu,b,1950-01-01\nu,c,{last}\nv,a,1950-01-01\n")
+    log = data.keep_interactions(data.read_log(path), np.arange(4))
+    found = description(log)["time"]
+    assert (found["first_date"], found["last_date"]) == (min(begins, "1950-01-01 00:00:00"), ends)
+    assert found["unit"] == "seconds" and found["dated"]
+    path.write_text("user,item,date\nu,a,100\nu,b,200\nu,c,300\nv,a,100\n")
+    assert description(data.read_log(path))["time"]["unit"] is None
 
 
 @given(SEQUENCES, st.integers(1, 3), st.booleans())
