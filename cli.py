@@ -302,7 +302,7 @@ LOG_OPTIONS = [
         type=click.Choice(list(SPLITS)),
         default="leave-one-out",
         show_default=True,
-        help="What is held out: each user's last items, or the last tenth of time.",
+        help="What is held out: each user's last items, or the last tenth of all interactions.",
     ),
     click.option(
         "--k-core", type=SIZE, default=1, show_default=True, help="Keep users and items with at least so many entries."

@@ -83,7 +83,7 @@ MAX_LINE_BYTES = 1 << 24
 MAX_ID_BYTES = 256
 MAX_EXPANSION, EXPANSION_FROM = 100, 1 << 28  # of a gzip file; text that shrinks to a hundredth is no log
 SHORTEST_SPLIT = 3  # a target for test, one for validation, and something before them
-QUANTILE = 0.9  # of time, where the temporal split cuts
+QUANTILE = 0.9  # of the times of interactions, where the temporal split cuts
 
 
 @dataclass
