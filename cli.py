@@ -686,7 +686,8 @@ def study(data, attn, seeds, workers, out, as_json, **options):
         if not results:
             raise UserError(f"no dataset has a finished run of each weighting: {failures[0]}")
         everything = studying.write_results(out, results, rows)
-        files.write_json(out / "times.json", times := studying.times(jobs))
+        times = studying.times(jobs)
+        studying.write_times(out, times)
         _show_study(results, everything, times, jobs, out, as_json)
     if failures:
         raise UserError(f"{len(failures)} of {len(jobs)} runs failed; the same command tries them again")

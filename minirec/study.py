@@ -507,6 +507,14 @@ def write_results(out, results, rows):
     return everything
 
 
+def write_times(out, times):
+    """Write times.json, {dataset: as from times}; what it holds of other datasets stays, as in write_results."""
+    before = files.read_json(out / "times.json") if (out / "times.json").exists() else {}
+    if not isinstance(before, dict):
+        raise UserError(f"{out / 'times.json'}: damaged; remove it, then start again")
+    files.write_json(out / "times.json", {name: own for name, own in before.items() if name not in times} | times)
+
+
 def learning_curves(jobs):
     """Return {dataset: {attn: [validation JUDGED_BY of each epoch, a list a seed]}} of finished runs."""
     curves = {}

@@ -698,8 +698,23 @@ def test_datasets_studied_in_a_folder_before_stay_in_its_results(finished, log_p
     assert list(last_json(process)["datasets"]) == ["other"]
     kept = json.loads((tmp_path / "out/study.json").read_text())["datasets"]
     assert list(kept) == ["small", "other"] and kept["small"] == printed["datasets"]["small"]
+    times = json.loads((tmp_path / "out/times.json").read_text())
+    assert list(times) == ["small", "other"]
+    assert times["small"] == json.loads((folder / "times.json").read_text())["small"]
+    arms = printed["datasets"]["small"]["metrics"]
+    assert {attn: len(own["train_seconds"]) for attn, own in times["other"].items()} == dict.fromkeys(arms, 1)
     lines = (tmp_path / "out/study.csv").read_text().splitlines()
     assert lines[: -(3 * 2 + 3 + 2)] == (folder / "study.csv").read_text().splitlines()
+
+
+def test_times_of_a_dataset_that_is_studied_again_are_the_new_ones(tmp_path):
+    for times in ({"a": {"softmax": 1}, "b": 2}, {"a": {"uniform": 3}}):
+        study.write_times(tmp_path, times)
+    assert files.read_json(tmp_path / "times.json") == {"b": 2, "a": {"uniform": 3}}
+    for text in ("[1]", "{"):
+        (tmp_path / "times.json").write_text(text)
+        with pytest.raises(UserError, match="times.json: (damaged|not valid JSON)"):
+            study.write_times(tmp_path, times)
 
 
 def test_a_log_without_a_reachable_target_gives_no_verdict(tmp_path):
