@@ -447,6 +447,8 @@ def train(ctx, out, resume, as_json, mpi_buffers, **options):
     if not complete:
         say(f"stopped; go on with: python cli.py train --resume --out {folder}")
         ctx.exit(INTERRUPTED)
+    if asked_to_stop.is_set():
+        say("training has come to its end; only the test is left")
 
     chosen = best(records)
     run = Run(folder, "train", options["backend"])

@@ -60,16 +60,15 @@ def train(log, settings, folder, resume=False, on_step=None, on_epoch=None, stop
         if writes:
             files.write_json(folder / "config.json", settings)
             files.write_json(folder / "items.json", log.items)
-        # Killed between the writes that end an epoch, a run repeats it: its parameters may be the checkpoint already.
-        while len(run.records) < run.recorded or not finished(run.records, training):
+        while not run.complete():
             if not run.take_steps(on_step, stop):
-                return run.records, False
+                break
             run.close_epoch(log.sequence, split.valid)
             if on_epoch:
                 on_epoch(run.records[-1])
             if stop and stop():
-                return run.records, False
-    return run.records, True
+                break
+        return run.records, run.complete()
 
 
 def check_negatives(seen, n_items):
@@ -115,6 +114,13 @@ class Progress:
         state = state or initial_state(self.config, self.training["seed"], self.n_steps)
         records = runs.load_records(self.folder, int(state["step"]) // self.n_steps)
         return state, name, records, len(files.read_json_lines(self.folder / "metrics.jsonl"))
+
+    def complete(self):
+        """Whether training has come to its end.
+
+        Killed between the writes that end an epoch, a run repeats it: its parameters may be the checkpoint already.
+        """
+        return len(self.records) >= self.recorded and finished(self.records, self.training)
 
     def take_steps(self, on_step, stop):
         """Take the steps that are left of the current epoch; return False where stop() ended them."""

@@ -21,6 +21,7 @@ from minirec import files, packing, runs
 from minirec.decompose import RATIOS, contributions, decompose
 from minirec.evaluate import CUTOFFS
 from minirec.model import encode
+from minirec.train import Progress
 
 METRICS = {f"{name}@{k}" for name in ("HR", "NDCG", "MRR") for k in CUTOFFS}
 
@@ -81,6 +82,26 @@ def test_train_counts_the_users_that_the_temporal_split_trains_on_validates_and_
     words = CliRunner().invoke(importlib.import_module("cli").main, arguments).stderr
     assert "of the users, 3 are trained on, 1 have a validation target, 2 a test target" in words
     assert "training only" not in words
+
+
+@pytest.mark.parametrize("epoch, status", [(1, 130), (2, 0)])
+def test_ctrl_c_in_the_last_epoch_leaves_only_the_test_in_an_earlier_one_the_rest(tmp_path, monkeypatch, epoch, status):
+    monkeypatch.syspath_prepend(ROOT)
+    monkeypatch.chdir(tmp_path)
+    log_file(tmp_path)
+    close_epoch = Progress.close_epoch
+
+    def interrupted(self, *arguments):
+        if len(self.records) == epoch - 1:
+            os.kill(os.getpid(), signal.SIGINT)
+        close_epoch(self, *arguments)
+
+    monkeypatch.setattr(Progress, "close_epoch", interrupted)
+    arguments = ["train", "--data", "log.txt", "--epochs", "2", "--out", "run"]
+    result = CliRunner().invoke(importlib.import_module("cli").main, arguments)
+    assert result.exit_code == status
+    assert ("go on with: python cli.py train --resume" in result.stderr) == (epoch == 1)
+    assert ("come to its end; only the test is left" in result.stderr) == ("@10" in result.stdout) == (epoch == 2)
 
 
 @pytest.mark.parametrize(

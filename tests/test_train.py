@@ -151,6 +151,20 @@ def test_stopped_after_any_step_and_resumed_gives_the_same_bits(small, tmp_path,
     assert content(tmp_path / "run") == content(tmp_path / "whole")
 
 
+@pytest.mark.parametrize("epochs, patience, last_step", [(3, 10, 12), (9, 1, None)])
+def test_asked_to_stop_at_the_end_of_the_last_epoch_training_is_complete(small, tmp_path, epochs, patience, last_step):
+    log, settings = small
+    settings["training"] |= {"epochs": epochs, "patience": patience}
+    whole, _ = train(log, settings, tmp_path / "whole")
+    assert last_step or len(whole) < epochs  # out of patience
+    steps, last_step = [], last_step or 4 * len(whole)
+    records, complete = train(
+        log, settings, tmp_path / "run", on_step=lambda *_: steps.append(1), stop=lambda: len(steps) >= last_step
+    )
+    assert complete and len(records) == len(whole)
+    assert content(tmp_path / "run") == content(tmp_path / "whole")
+
+
 class Threads:
     """A communicator among threads: as much of MPI as workers.Ranks uses."""
 
