@@ -6,12 +6,14 @@ import gzip
 import importlib
 import io
 import lzma
+import math
 import os
 import pickle
 import re
 import tarfile
 import zipfile
 from contextlib import contextmanager
+from fractions import Fraction
 from itertools import groupby, pairwise
 from unittest.mock import patch
 
@@ -509,6 +511,31 @@ def test_validation_begins_at_the_quantile_of_users_who_have_something_to_valida
     assert list(split.train_lengths) == [10, 0, 0, 0]
     assert (list(split.valid.users), list(split.valid.stops)) == ([0], [10])
     assert list(split.test.users) == [3]
+
+
+@given(st.integers(0, 10**6), st.sampled_from([1_700_000_000_123_456_789, -(2**63), 2**63 - 60]))
+def test_the_temporal_split_tells_times_apart_by_a_nanosecond(seed, beginning):
+    rng = np.random.default_rng(seed)
+    log = log_of(np.split(np.arange(100), np.sort(rng.choice(np.arange(1, 100), 9, replace=False))))
+    times = rng.integers(50, size=100)
+    log.times = np.concatenate([np.sort(times[a:b]) for a, b in pairwise(log.offsets)])
+    expected = data.temporal(log)
+    log.times = log.times + beginning
+    found = data.temporal(log)
+    np.testing.assert_array_equal(found.train_lengths, expected.train_lengths)
+    for part, expected_part in zip(found[1:], expected[1:], strict=True):
+        for column, expected_column in zip(part, expected_part, strict=True):
+            np.testing.assert_array_equal(column, expected_column)
+
+
+@given(st.lists(st.integers(0, 2**63 - 1) | st.integers(2**60, 2**60 + 9), min_size=1, max_size=40))
+def test_what_is_not_above_the_quantile_is_told_exactly(times):
+    begins = data._quantile(np.array(times))
+    place = Fraction(9, 10) * (len(times) - 1)
+    ordered = sorted(times)
+    a, b = ordered[math.floor(place)], ordered[math.ceil(place)]
+    quantile = a + (b - a) * (place - math.floor(place))  # as NumPy interpolates, without its rounding
+    assert [time <= begins for time in times] == [time <= quantile for time in times]
 
 
 def test_the_temporal_split_says_what_it_lacks():
