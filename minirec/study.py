@@ -486,24 +486,29 @@ def write_results(out, results, rows):
 
     Times are no part of them: the same study gives the same files. Returns the results of all datasets.
     """
-    header, before, lines = ["dataset", "arm", "seed", *rows[0][3]], {}, []
-    if (out / "study.json").exists() and (out / "study.csv").exists():
+    header, earlier, lines = ["dataset", "arm", "seed", *rows[0][3]], {}, []
+    if (out / "study.json").exists():
         found = files.read_json(out / "study.json")
         try:
-            before = dict(found["datasets"])
-            with open(out / "study.csv", encoding="utf-8", newline="") as file:
-                lines = [line for line in list(csv.reader(file))[1:] if line and line[0] in before.keys() - results]
-        except (TypeError, KeyError, ValueError, csv.Error) as error:
+            earlier = {name: result for name, result in dict(found["datasets"]).items() if name not in results}
+            if earlier:
+                with open(out / "study.csv", encoding="utf-8", newline="") as file:
+                    earlier_header, *earlier_lines = csv.reader(file)
+                lines = [line for line in earlier_lines if line and line[0] in earlier]
+                if earlier_header != header or {line[0] for line in lines} != set(earlier):
+                    raise ValueError("their datasets, or their columns, are not the same")
+        except (OSError, TypeError, KeyError, ValueError, csv.Error) as error:
             raise UserError(
                 f"{out}: study.json or study.csv is damaged ({error}); remove both, then start again"
             ) from None
-    everything = {name: result for name, result in before.items() if name not in results} | results
+    everything = earlier | results
     for dataset, arm, seed, values in rows:
         lines.append([dataset, arm, "" if seed is None else seed, *(f"{value:.6f}" for value in values.values())])
     text = io.StringIO()
     csv.writer(text, lineterminator="\n").writerows([header, *lines])
-    files.write_json(out / "study.json", {"datasets": everything})
+    # The table comes first: rows of a dataset that study.json does not name are left out the next time.
     files.replace(out / "study.csv", lambda file: file.write(text.getvalue().encode()))
+    files.write_json(out / "study.json", {"datasets": everything})
     return everything
 
 

@@ -183,6 +183,21 @@ def test_damaged_results_of_earlier_studies_are_named(tmp_path, found):
     assert (tmp_path / "study.json").read_text() == found
 
 
+@pytest.mark.parametrize(
+    "change", [os.remove, lambda path: path.write_text("dataset,arm,seed,HR@2\nearlier,a,0,0.1\n")]
+)
+def test_a_table_that_does_not_fit_earlier_results_is_refused_not_forgotten(tmp_path, change):
+    row = "softmax", 0, {"HR@1": 0.5}
+    study.write_results(tmp_path, {"earlier": {}}, [("earlier", *row)])
+    found = (tmp_path / "study.json").read_text()
+    change(tmp_path / "study.csv")
+    with pytest.raises(UserError, match="study.json or study.csv is damaged"):
+        study.write_results(tmp_path, {"small": {}}, [("small", *row)])
+    assert (tmp_path / "study.json").read_text() == found
+    assert study.write_results(tmp_path, {"earlier": {}}, [("earlier", *row)]) == {"earlier": {}}  # needs none of it
+    assert (tmp_path / "study.csv").read_text() == "dataset,arm,seed,HR@1\nearlier,softmax,0,0.500000\n"
+
+
 def test_a_run_that_fails_is_named_and_does_not_stop_the_others(log_path, tmp_path):
     (tmp_path / "out/small/uniform-1").mkdir(parents=True)
     (tmp_path / "out/small/uniform-1/config.json").mkdir()  # cannot be written
