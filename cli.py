@@ -1361,10 +1361,10 @@ def describe_file(path, as_json, **options):
     filtered = _given(options, "k_core", "drop_repeats")
     click.echo(f"{path}{log.read_as and f', read as {log.read_as}'}{filtered and f', after{filtered}'}\n")
     click.echo("\n".join(description(result, options["split"])))
-    if result["split"]["test_users"]:
+    if all(result["split"][f"{part}_users"] for part in ("train", "valid", "test")):
         say(f"next: python cli.py study --data {shlex.quote(path)}{_given(options, *options)}")
     else:
-        say("next: filter less; no user is left with enough interactions to hold one out")
+        say("too small to study: no user to train on, or none to test; filter less, or take a larger log")
 
 
 def _given(options, *names):
@@ -1401,7 +1401,8 @@ def description(result, split):
     lines += [
         (
             "popularity",
-            f"the top 1 % of the items ({popular['top_items']:,}) have {popular['top_share']:.1%} of the interactions",
+            f"the most popular {share(popular['top_items'], result['items'])} of the items have "
+            f"{popular['top_share']:.1%} of the interactions",
         ),
         ("", f"{share(popular['items_for_half'], result['items'])} of the items have half of them"),
         ("", f"{share(popular['items_once'], result['items'])} of the items occur once"),
@@ -1421,7 +1422,8 @@ def description(result, split):
         ]
     else:
         lines.append(("time", "no timestamps: each user's interactions are in the file's order"))
-    lines.append((split, f"{held['valid_users']:,} users for validation, {held['test_users']:,} for the test"))
+    users = [f"{held[f'{part}_users']:,} users" for part in ("train", "valid", "test")]
+    lines.append((split, "{} to train on, {} for validation, {} for the test".format(*users)))
     if held["test_users"]:
         seen = f"{share(held['unreachable'], held['test_users'])} of the test targets are items the user had before"
         lines.append(("", seen + (": never hit with filter-seen" if held["unreachable"] else "")))

@@ -34,6 +34,7 @@ def describe(log, split, no_repeats=False):
         "repeats": repeats(log),
         "time": None if log.times is None else _time(log),
         "split": {
+            "train_users": int((split.train_lengths > 1).sum()),
             "valid_users": len(split.valid.users),
             "test_users": len(split.test.users),
             "users_without_test": len(log.users) - len(split.test.users),

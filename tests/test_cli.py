@@ -499,7 +499,7 @@ def test_a_description_holds_in_each_line_the_numbers_of_json(tmp_path):
         dates,
         share(found["time"]["ties"], n),
         share(repeats["exact_duplicates"], n),
-        [f"{held['valid_users']:,}", f"{held['test_users']:,}"],
+        [f"{held['train_users']:,}", f"{held['valid_users']:,}", f"{held['test_users']:,}"],
         share(held["unreachable"], held["test_users"]),
         [],  # more than a fifth are repeats: --no-filter-seen is named
         ["5", *size(found["k_core"]["5"])],
@@ -515,7 +515,7 @@ def test_a_description_holds_in_each_line_the_numbers_of_json(tmp_path):
     assert [line.count("#") for line in lines[5 : 5 + len(bins)]] == bars and max(bars) == 40
     assert "the file was not in order, and was sorted" in "".join(lines)
     trained = invoke("train", "--data", *command[1:], "--epochs", 1, "--out", tmp_path / "run")
-    assert f"{found['users'] - held['test_users']} of the users have no test target" in trained.stderr
+    assert f"{held['valid_users']} have a validation target, {held['test_users']} a test target" in trained.stderr
 
 
 def test_a_description_says_what_a_log_lacks(tmp_path):
@@ -528,6 +528,19 @@ def test_a_description_says_what_a_log_lacks(tmp_path):
     assert not any("never hit" in line for line in lines)
     log_file(tmp_path)
     assert "time           no timestamps: each user's" in invoke("data", tmp_path / "log.txt").stdout
+
+
+def test_data_sends_nobody_to_a_study_that_refuses_the_log(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(ROOT)
+    monkeypatch.chdir(tmp_path)
+    log_file(tmp_path, "u1 a b c\nu2 b c a\nu3 c a b\n")
+    main = importlib.import_module("cli").main
+    described, studied = (
+        CliRunner().invoke(main, words) for words in (["data", "log.txt"], ["study", "--data", "log.txt"])
+    )
+    assert "0 users to train on, 3 users for validation, 3 users for the test" in described.stdout
+    assert "too small to study: no user to train on" in described.stderr and "next" not in described.stderr
+    assert studied.exit_code == 1 and "too small for a leave-one-out split" in studied.stderr
 
 
 def test_gradcheck_prints_every_tensor(tmp_path):

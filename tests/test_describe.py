@@ -35,7 +35,9 @@ def test_a_small_log_is_described_as_counted_by_hand():
         "first_date": "2014-05-13 16:53:25", "last_date": "2014-05-13 16:53:50", "ties": 3, "reordered": False,
         "dated": False,
     }  # fmt: skip
-    assert found["split"] == {"valid_users": 2, "test_users": 2, "users_without_test": 1, "unreachable": 1}
+    assert found["split"] == {
+        "train_users": 1, "valid_users": 2, "test_users": 2, "users_without_test": 1, "unreachable": 1,
+    }  # fmt: skip
     assert found["k_core"]["5"] == {"users": 0, "items": 0, "interactions": 0}
 
 
