@@ -125,6 +125,7 @@ class Commands(click.Group):
             ctx.exit(1)
         except KeyboardInterrupt:
             say("stopped")
+            abort()
             ctx.exit(INTERRUPTED)
 
 
@@ -437,7 +438,8 @@ def train(ctx, out, resume, as_json, mpi_buffers, **options):
     say(f"{config.attn} attention, {config.n_blocks} blocks, D = {config.hidden_size} -> {folder}")
 
     try:
-        with interruptible() as asked_to_stop:
+        # Ranks would not stop at the same step: an interrupt ends them all at once.
+        with interruptible() if ranks.size == 1 else nullcontext(threading.Event()) as asked_to_stop:
             records, complete = _train_with_progress(log, settings, folder, resume, asked_to_stop, ranks)
     except MemoryError:  # CuPy's is one too
         half = f"--batch-size {max(1, options['batch_size'] // 2)}"
@@ -536,7 +538,7 @@ def _train_with_progress(log, settings, folder, resume, asked_to_stop, ranks):
                     f"{SELECTED_BY} {record[SELECTED_BY]:.4f}  {record['train_seconds']:.1f} s"
                 )
 
-        stop = asked_to_stop.is_set if ranks.size == 1 else None  # ranks would not stop at the same step
+        stop = asked_to_stop.is_set if ranks.size == 1 else None
         return train_model(log, settings, folder, resume, on_step, on_epoch, stop, ranks)
 
 

@@ -106,6 +106,23 @@ def ranks_below(pid):
 
 
 @needs_mpi
+def test_an_interrupted_rank_ends_the_job_and_does_not_say_that_it_stops_after_this_step(tmp_path):
+    process = subprocess.Popen(
+        command(2, *SHORT, "--epochs", 500, "--patience", 500, "--out", "run"),
+        cwd=tmp_path,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell ignores it for what runs behind
+    )
+    while "epoch   1" not in process.stderr.readline():
+        assert process.poll() is None
+    os.kill(ranks_below(process.pid)[0], signal.SIGINT)
+    words = process.communicate(timeout=60)[1]
+    assert process.returncode != 0 and "stopping after this step" not in words and "Traceback" not in words
+    assert (tmp_path / "run/state.npz").exists()
+
+
+@needs_mpi
 def test_an_error_ends_all_ranks_in_one_line(tmp_path):
     began = time.monotonic()
     process = run_mpi(3, "train", "--data", "missing.csv", cwd=tmp_path)
