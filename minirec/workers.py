@@ -114,7 +114,7 @@ class Sampling(NamedTuple):
     its moments, where dense Adam would let them decay and the row drift on."""
 
     loss: str  # one of LOSSES but "ce"
-    n_negatives: int  # K of "sampled"
+    n_negatives: int  # of "sampled"
     seen: Seen | None  # what "bce" avoids
     offsets: np.ndarray  # the log's
     largest_batch: int  # inputs and targets together: how many rows a step may touch
@@ -125,7 +125,7 @@ class Sampling(NamedTuple):
         return min(n_items, self.largest_batch + negatives)
 
     def draw(self, rng, n_items, flat, starts, lengths):
-        """Return the negatives of a batch: [K] for all its positions, or one for each place of flat.
+        """Return the negatives of a batch: [n_negatives] for all its positions, or one for each place of flat.
 
         flat: its windows, as from data.windows_end_to_end. A window's last item is a target only and has no
         negative: its own item stands there, so that no row of the table is touched in vain.

@@ -491,7 +491,7 @@ def test_a_description_holds_in_each_line_the_numbers_of_json(tmp_path):
         ["10", "25", "75", "90"],  # percent
         [*(f"{length:,}" for length in lengths), f"{mean:,.1f}"],
         *([first, users] if first == last else [first, last, users] for first, last, users in bins),
-        ["1", f"{popular['top_items']:,}", f"{100 * popular['top_share']:.1f}"],
+        [*share(popular["top_items"], found["items"]), f"{100 * popular['top_share']:.1f}"],
         share(popular["items_for_half"], found["items"]),
         share(popular["items_once"], found["items"]),
         share(repeats["seen_before"], n),

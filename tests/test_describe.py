@@ -53,7 +53,7 @@ def log_of_three_parts():
 
 def test_users_are_counted_part_by_part():
     found = description(log_of_three_parts(), "temporal")["split"]
-    assert found == {"valid_users": 2, "test_users": 1, "users_without_test": 3, "unreachable": 1}
+    assert found == {"train_users": 3, "valid_users": 2, "test_users": 1, "users_without_test": 3, "unreachable": 1}
 
 
 @given(SEQUENCES, st.data())
