@@ -19,8 +19,9 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from minirec.model import Config, loss_and_gradients, parameter_shapes
+from minirec.model import Config, loss_and_gradients
 from minirec.ops import LAYER_NORM_EPS
+from minirec.parameters import parameter_shapes
 
 IGNORED = -1  # the target at a padded position
 

@@ -16,8 +16,9 @@ from training import (  # noqa: E402
     training_flops,
 )
 
-from minirec.model import Config, init_parameters, loss_and_gradients, parameter_shapes  # noqa: E402
+from minirec.model import Config, init_parameters, loss_and_gradients  # noqa: E402
 from minirec.ops import dropout_mask  # noqa: E402
+from minirec.parameters import parameter_shapes  # noqa: E402
 
 WEIGHTINGS = ("softmax", "uniform", ("uniform", "softmax"))
 
