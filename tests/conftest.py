@@ -20,20 +20,6 @@ ROOT = Path(__file__).resolve().parent.parent
 DATASETS = Path(os.environ.get("MINIREC_DATASETS", ROOT.parent / "shared" / "datasets"))
 
 
-def numeric_gradient(f, x, h=1e-5):
-    """Central differences of the scalar f() with respect to the float64 array x, in place."""
-    gradient = np.zeros_like(x)
-    for i in np.ndindex(x.shape):
-        centre = x[i]
-        x[i] = centre + h
-        above = f()
-        x[i] = centre - h
-        under = f()
-        x[i] = centre
-        gradient[i] = (above - under) / (2 * h)
-    return gradient
-
-
 def assert_gradient(analytic, numeric, tolerance=1e-7):
     """max |difference| / max |gradient| is below the tolerance, and the gradient is not all zero."""
     assert np.abs(numeric).max() > 1e-6

@@ -7,11 +7,12 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from click.testing import CliRunner
-from conftest import ROOT, numeric_gradient
+from conftest import ROOT
 
 from minirec import model, trace
 from minirec.attention import known_weightings, softmax
 from minirec.decompose import RATIOS, decompose
+from minirec.gradcheck import central_differences
 
 LAST = trace.LENGTH - 1
 
@@ -64,7 +65,7 @@ def test_gradients_of_the_logits_agree_with_central_differences(walked):
     walk, _, later = walked
     logits, p = trace.probabilities(walk)
     targets, each = walk.batch.targets, np.arange(len(p))
-    numeric = numeric_gradient(lambda: -np.log(softmax(logits.copy())[each, targets]).mean(), logits)
+    numeric = central_differences(lambda: -np.log(softmax(logits.copy())[each, targets]).mean(), logits)
     np.testing.assert_allclose(later["backward: loss"].arrays["d_logits"], trace.own(numeric), atol=1e-9)
 
 
@@ -79,9 +80,9 @@ def test_gradients_through_the_weights_agree_with_central_differences(walked):
     def loss_of(weights):
         return (weights @ v * backward["d_mixed"]).sum()
 
-    np.testing.assert_allclose(backward["d_A"], numeric_gradient(lambda: loss_of(a), a), atol=1e-9)
+    np.testing.assert_allclose(backward["d_A"], central_differences(lambda: loss_of(a), a), atol=1e-9)
     s[np.isinf(s)] = -1e3  # no weight either, but with differences
-    np.testing.assert_allclose(backward["d_s"], numeric_gradient(lambda: loss_of(softmax(s.copy())), s), atol=1e-9)
+    np.testing.assert_allclose(backward["d_s"], central_differences(lambda: loss_of(softmax(s.copy())), s), atol=1e-9)
 
 
 def test_each_weighting_put_in_is_the_model_with_that_weighting(walked):
