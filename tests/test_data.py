@@ -555,6 +555,17 @@ def test_times_follow_their_interactions(tmp_path):
     assert [log.items[i] for i in log.sequence] == ["y", "z", "x", "x", "y"]
 
 
+@pytest.mark.parametrize("keep", [data.drop_repeats, lambda log: data.k_core(log, 3)], ids=["drop_repeats", "k_core"])
+def test_times_stay_with_their_interactions_in_what_a_filter_keeps(rng, keep):
+    log = log_of([rng.integers(9, size=n).tolist() for n in rng.integers(1, 12, 20)])
+    log.times = np.arange(len(log.sequence)) * 10  # each tells which interaction it is of
+    kept = keep(log)
+    assert 0 < len(kept.sequence) < len(log.sequence) and len(kept.users) > 3
+    of = dict(zip(log.times.tolist(), zip(data.users_of(log), log.sequence, strict=True), strict=True))
+    for time, user, item in zip(kept.times.tolist(), data.users_of(kept), kept.sequence, strict=True):
+        assert (kept.users[user], kept.items[item]) == (log.users[of[time][0]], log.items[of[time][1]])
+
+
 @given(LISTS, st.integers(2, 3))
 def test_the_k_core_is_the_largest_log_in_which_nobody_is_rare(sequences, k):
     log = log_of(sequences)
