@@ -3,6 +3,7 @@
 import json
 import math
 
+import numpy as np
 import pytest
 
 from minirec import statistics
@@ -17,6 +18,8 @@ def test_hedges_g_of_numbers_worked_out_by_hand():
     assert statistics.hedges_g([1, 2, 3], [2, 3, 4]) == pytest.approx(-0.8)
     # variances 1 and 4: 0.8 * 1 / sqrt(2.5)
     assert statistics.hedges_g([2, 3, 4], [0, 2, 4]) == pytest.approx(0.8 / math.sqrt(2.5))
+    # a difference of 4
+    assert statistics.hedges_g([5, 6, 7], [1, 2, 3]) == pytest.approx(3.2)
 
 
 def test_hedges_g_where_nothing_spreads():
@@ -63,6 +66,8 @@ def test_the_bootstrap_interval_is_about_two_standard_errors_wide(rng):
         ([-0.004, 0.002], [-0.0049, 0.0049], "equal"),
         ([-0.004, 0.002], [-0.006, 0.004], "no better"),  # the users do not agree within 5 % of 0.1
         ([0.001, 0.002], [0.001, 0.003], "equal"),  # sure, and of no importance
+        ([0, 0.04], [0.01, 0.05], "unclear"),  # zero is in it
+        ([-0.04, 0], [-0.05, -0.001], "no better"),
         (None, [0.01, 0.05], "unclear"),
     ],
 )
@@ -93,7 +98,17 @@ def test_regimes_and_their_doubts():
     assert not doubts("mixing_without_reliance", "worse", high)
     assert doubts("preserving", "equal", low, n_users=5) == ["fewer than 30 users to test on"]
     assert doubts("preserving", "equal", low, baselines=(0.3, 0.1)) == ["counting does better than the model"]
-    assert doubts("preserving", "unclear", low[:1])[0] == "fewer than 3 seeds"
+    alone = doubts("preserving", "unclear", low[:1])
+    assert len(alone) == 3 and alone[0] == "fewer than 3 seeds" and "do not agree on a side of 0.2" in alone[1]
+    for name, ratios, fits in (
+        ("preserving", low, {"equal", "no better"}),
+        ("mixing_without_reliance", high, {"equal", "no better", "worse"}),
+        ("mixing_with_reliance", high, {"better"}),
+    ):
+        judgements = {"equal", "no better", "worse", "better", "unclear"}
+        assert {judgement for judgement in judgements if not doubts(name, judgement, ratios)} == fits
+    assert not doubts("preserving", "equal", low, n_users=30)
+    assert not doubts("preserving", "equal", low, baselines=(0.205, 0.1))  # better by less than the margin
 
 
 def test_the_threshold_lies_in_a_gap_of_the_published_points():
@@ -114,3 +129,9 @@ def test_a_comparison_is_json_without_nan(rng):
         found = statistics.compare(rng.random(n), rng.random(n), rng.normal(size=50))
         json.dumps(found, allow_nan=False)
         assert (found["p"] is None) == (n == 1)
+
+
+def test_a_comparison_with_nothing_has_no_relative_difference():
+    found = statistics.compare([0.1, 0.3], [0.0, 0.0], np.full(50, 0.2))
+    assert found["difference"] == pytest.approx(0.2) and found["relative"] is None
+    assert statistics.compare([0.1, 0.3], [0.4, 0.6], np.full(50, -0.3))["relative"] == pytest.approx(-0.6)

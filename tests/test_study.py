@@ -290,6 +290,13 @@ def test_baselines_equal_counting_by_hand(rng, loss_bytes, monkeypatch):
             assert found[name][case] == (evaluate.MISS if target in history else ahead)
 
 
+def test_a_history_shorter_than_max_length_is_shuffled_within_itself():
+    sequence = np.arange(60)  # three histories of 19 items and a target
+    cases = data.Cases(np.arange(3), np.arange(0, 60, 20), np.arange(19, 60, 20))
+    for user, (*history, target) in enumerate(study.shuffle_histories(sequence, cases, 50, 0).reshape(3, 20)):
+        assert sorted(history) == list(range(20 * user, 20 * user + 19)) and target == 20 * user + 19
+
+
 @pytest.mark.parametrize("attn", ["softmax", "uniform"])
 def test_the_ranks_that_a_run_keeps_are_those_of_their_names(tmp_path, attn):
     rng = np.random.default_rng(0)
@@ -597,6 +604,23 @@ def test_a_study_says_how_many_users_it_tests_on(tmp_path, rng):
     assert words in invented_study(tmp_path, 1, "--split", "temporal").stderr
 
 
+def test_the_results_of_several_datasets_stand_under_their_names(invented, tmp_path):
+    folder, log, _ = invented
+    settings, jobs = runs.load_settings(folder / "small/softmax-0"), []
+    for name in ("one", "two"):
+        dataset = study.Dataset(name, log, settings)
+        for job in study.grid([dataset], list(EPOCHS), 2, tmp_path):
+            other = job._replace(seed=job.seed ^ (name == "two"))  # the numbers of the seeds change places
+            shutil.copytree(folder / f"small/{other.attn}-{other.seed}", job.folder)
+            jobs.append(job)
+    results, rows = study.collect(jobs)
+    assert list(results) == ["one", "two"]
+    assert [row[0] for row in rows] == ["one"] * (len(rows) // 2) + ["two"] * (len(rows) // 2)
+    values = {(dataset, arm, seed): metrics["HR@10"] for dataset, arm, seed, metrics in rows}
+    for attn in EPOCHS:
+        assert values["one", attn, 0] == values["two", attn, 1] != values["two", attn, 0]
+
+
 def test_learning_curves_hold_the_validation_of_each_epoch_of_each_seed(invented):
     folder, log, _ = invented
     dataset = study.Dataset("small", log, runs.load_settings(folder / "small/softmax-0"))
@@ -641,6 +665,32 @@ def test_a_verdict_is_no_stronger_than_its_seeds():
     assert "one seed cannot say" in study.verdict("beauty", alone) and "(NDCG@10 -1%, 1 seed)" in study.verdict(
         "beauty", alone
     )
+
+
+def test_a_conclusion_follows_from_effects_ratios_and_users():
+    def conclude(g, difference, **changes):
+        comparison = {"hedges_g": g, "difference": difference}
+        comparison |= {"interval_seeds": [difference / 2, difference * 2], "interval_users": [difference, difference]}
+        result = {"weighting": {"NDCG@10": comparison, "HR@10": comparison | {"hedges_g": None}}}
+        result |= {"metrics": {attn: {"NDCG@10": {"mean": 0.5}} for attn in ("softmax", "uniform")}}
+        result |= {"baselines": {"popularity": {"NDCG@10": 0.1}}, "test_users": 90, "unreachable": 40} | changes
+        return study.conclude(result, [0.40, 0.41, 0.45])
+
+    found = conclude(2.0, 0.1)
+    assert (found["mixing_ratio"], found["mixing_ratio_std"]) == pytest.approx(
+        (0.42, np.std([40, 41, 45], ddof=1) / 100)
+    )
+    assert found["hedges_g"] == {"NDCG@10": 2.0, "HR@10": None} and found["mean_g"] == 2
+    assert (found["regime"], found["confident"], found["doubts"]) == ("mixing_with_reliance", True, [])
+    assert found["judgements"] == {"weighting": "better"}
+    assert conclude(-2.0, 0.1)["regime"] == "mixing_without_reliance"  # the sign is that of the mean effect size,
+    assert conclude(None, 0.1)["regime"] == "mixing_with_reliance"  # or, without one, that of the difference
+    assert conclude(None, -0.1)["regime"] == "mixing_without_reliance"
+    few = conclude(2.0, 0.1, unreachable=70)
+    assert not few["confident"] and few["doubts"] == ["fewer than 30 users to test on"]
+    assert conclude(2.0, 0.1, baselines={"transitions": {"NDCG@10": 0.6}})["doubts"] == [
+        "counting does better than the model"
+    ]
 
 
 def test_a_verdict_speaks_of_the_past_of_all_doubts_and_of_no_number_that_is_none():
