@@ -402,7 +402,9 @@ def test_what_is_wrong_is_found_wherever_it_stands(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "text", [b"\n \r" * 700_000, b"u1 a b\n" + b"\r" * 3_000_000 + b"u2", b"u1 \n" + b" " * 3_000_000]
+    "text",
+    [b"\n \r" * 700_000, b"u1 a b\n" + b"\r" * 3_000_000 + b"u2", b"u1 \n" + b" " * 3_000_000],
+    ids=["blank lines", "returns", "spaces"],  # else the test would be named by its megabytes
 )
 def test_endless_blanks_are_read_in_linear_time(tmp_path, text):
     (tmp_path / "log").write_bytes(text)
