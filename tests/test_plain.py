@@ -112,7 +112,8 @@ def test_kept_and_mixed_parts_are_right_in_any_buckets(example, n_buckets):
 
 
 def test_the_plain_gradients_are_those_of_central_differences(example):
-    config, parameters, sequences = example
+    config, parameters, (_, short, longer, *_) = example  # two of them will do: every entry costs two losses
+    sequences = [short, longer]
     rng, sizes = np.random.default_rng(1), (config.hidden_size, config.n_heads, config.n_blocks)
     lengths = [min(len(s) - 1, config.max_length) for s in sequences]
     masks = [plain.draw_masks(length, *sizes, 0.3, rng) for length in lengths]
