@@ -146,9 +146,9 @@ def pack(flat, starts, lengths, xp=np, with_targets=True, negatives=None):
 
 
 def check_items(flat, n_items):
-    """Raise UserError where an item is not an integer in 0..n_items-1: a GPU would not notice."""
-    if flat.dtype.kind not in "iu" or not flat.size or flat.min() < 0 or flat.max() >= n_items:
-        raise UserError(f"items must be integers in 0..{n_items - 1}")
+    """Raise UserError where flat is not a row of integers in 0..n_items-1: a GPU would not notice."""
+    if flat.ndim != 1 or flat.dtype.kind not in "iu" or not flat.size or flat.min() < 0 or flat.max() >= n_items:
+        raise UserError(f"a sequence must be a 1-D array of integers in 0..{n_items - 1}")
 
 
 def pack_list(sequences, config, xp=np, with_targets=False):

@@ -142,7 +142,7 @@ def test_sizes_that_make_no_model_are_refused(sizes, named):
         model.Config(n_items=5, **sizes)
 
 
-@pytest.mark.parametrize("sequence", [[0, 5], [-1, 2], [0.5, 1.0]])
+@pytest.mark.parametrize("sequence", [[0, 5], [-1, 2], [0.5, 1.0], [[0, 1], [2, 3]]])
 def test_items_out_of_range_are_refused(sequence):
     config = model.Config(n_items=5, hidden_size=4)
     parameters = model.init_parameters(config, 0)
