@@ -353,6 +353,10 @@ def settings_fingerprint(settings):
 def check_same(folder, settings):
     """Raise UserError where the run in a folder was trained with other settings."""
     wanted, found = (fixed_settings(s) for s in (settings, load_settings(folder)))
+    if wanted["protocol"] != found["protocol"]:
+        raise UserError(
+            f"{folder}: trained by an older version, with other initial weights; it cannot go on: choose another --out"
+        )
     for name in wanted:
         if wanted[name] != found.get(name):
             raise UserError(

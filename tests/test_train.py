@@ -521,3 +521,12 @@ def test_a_checkpoint_is_verified_against_the_settings(small, tmp_path):
         runs.load_parameters(tmp_path, config)
     files.write_arrays(tmp_path / "checkpoint.npz", good)
     assert list(runs.load_parameters(tmp_path, config)) == list(good)
+
+
+def test_a_run_of_an_older_protocol_is_not_gone_on_with(tmp_path, trained):
+    settings = runs.load_settings(trained)
+    older = settings | {"training": {k: v for k, v in settings["training"].items() if k != "protocol"}}
+    files.write_json(tmp_path / "config.json", older)
+    runs.check_same(tmp_path, older)
+    with pytest.raises(UserError, match="trained by an older version.*choose another --out"):
+        runs.check_same(tmp_path, settings)
