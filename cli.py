@@ -27,8 +27,7 @@ import numpy as np
 from click.core import ParameterSource
 
 import minirec
-from minirec import backend, files, planted, runs
-from minirec import catalogue as cataloguing
+from minirec import backend, files, runs
 from minirec import gradcheck as checking
 from minirec import report as reporting
 from minirec import study as studying
@@ -36,10 +35,12 @@ from minirec import trace as tracing
 from minirec.attention import known_weightings
 from minirec.backend import load as load_backend
 from minirec.baselines import rank_baselines
-from minirec.data import FORMATS, SPLITS, Cases, k_core, read_log, renumbered, training_windows
+from minirec.data import planted
+from minirec.data import public as cataloguing
+from minirec.data.describe import count_unreachable, describe
+from minirec.data.log import FORMATS, SPLITS, Cases, k_core, read_log, renumbered, training_windows
 from minirec.decompose import RATIOS, contributions, summarise
 from minirec.decompose import decompose as decompose_sequences
-from minirec.describe import count_unreachable, describe
 from minirec.errors import UserError
 from minirec.evaluate import CUTOFFS, MISS, metrics, rank_targets
 from minirec.evaluate import recommend as recommend_items
@@ -51,7 +52,6 @@ from minirec.train import train as train_model
 from minirec.workers import abort, launched_rank, launched_ranks, usable_cores, worker_map
 
 DEFAULT_DATA = "household"
-CATALOGUE = Path(__file__).parent / "datasets" / "catalogue.json"
 TRAINING_OPTIONS = ("loss", "negatives", "epochs", "batch_size", "lr", "patience", "seed", "backend", "filter_seen")
 EPOCHS, EPOCHS_EMBEDDED = 200, 100  # of a study: the embedded datasets must show their regimes in minutes
 MANY_REPEATS = 0.2  # of the targets; where more are items that the user had before, people buy again
@@ -1294,7 +1294,7 @@ def fetch(name, out):
     \b
     python cli.py data fetch ml-100k
     """
-    entries = cataloguing.read_catalogue(CATALOGUE)
+    entries = cataloguing.read_catalogue(cataloguing.CATALOGUE)
     if name is None:
         click.echo("\n".join(catalogue_table(entries.values())))
         return

@@ -12,7 +12,7 @@ Symbols: n interactions, V items, P distinct transitions, M cases, c cases in a 
 
 import numpy as np
 
-from minirec.data import distinct
+from minirec.data.log import distinct
 from minirec.evaluate import MISS
 from minirec.packing import spans
 

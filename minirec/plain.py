@@ -245,7 +245,7 @@ def hit_rate(sequences, p, n_heads, attn, k=10):
 
 def main():
     """Train learned and uniform attention on a dataset in which the next item follows from the item two back."""
-    from minirec.planted import household
+    from minirec.data.planted import household
 
     log = household()
     histories = [log.history(user) for user in range(len(log.users))]

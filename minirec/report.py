@@ -22,7 +22,7 @@ import numpy as np
 
 from minirec import files, runs
 from minirec.attention import FIXED
-from minirec.data import Cases
+from minirec.data.log import Cases
 from minirec.decompose import (
     RATIOS,
     RECENT,

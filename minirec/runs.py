@@ -22,8 +22,9 @@ from pathlib import Path
 
 import numpy as np
 
-from minirec import data, planted
 from minirec.backend import BACKENDS
+from minirec.data import log as data
+from minirec.data import planted
 from minirec.errors import UserError
 from minirec.files import (
     check_regular,

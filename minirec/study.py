@@ -27,7 +27,7 @@ import numpy as np
 
 from minirec import backend, files, runs
 from minirec.baselines import rank_baselines
-from minirec.data import Cases
+from minirec.data.log import Cases
 from minirec.decompose import RATIOS, decompose, summarise
 from minirec.errors import UserError
 from minirec.evaluate import MISS, metrics, rank_targets, user_values

@@ -13,7 +13,7 @@ from contextlib import nullcontext
 import numpy as np
 
 from minirec import backend, files, runs
-from minirec.data import Cases, batches, seen_items, training_windows
+from minirec.data.log import Cases, batches, seen_items, training_windows
 from minirec.errors import UserError
 from minirec.evaluate import metrics, rank_targets
 from minirec.parameters import init_parameters, parameter_count, unflatten

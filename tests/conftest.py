@@ -13,7 +13,7 @@ import pytest
 from click.testing import CliRunner
 
 from minirec import model
-from minirec.data import Log
+from minirec.data.log import Log
 from minirec.evaluate import MISS
 
 ROOT = Path(__file__).resolve().parent.parent

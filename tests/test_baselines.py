@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from conftest import counted_by_hand, log_of
 
-from minirec import baselines, data
+from minirec import baselines
+from minirec.data import log as data
 
 
 @pytest.mark.parametrize("places_at_a_time", [1, 20, 1 << 20])  # a case a chunk; several and a remainder; one chunk

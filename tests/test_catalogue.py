@@ -20,8 +20,9 @@ from click.testing import CliRunner
 from conftest import ROOT, real_log, run_cli
 
 import cli
-from minirec import catalogue, data
-from minirec.catalogue import Entry, convert, fetch, read_catalogue, read_literal
+from minirec.data import log as data
+from minirec.data import public as catalogue
+from minirec.data.public import Entry, convert, fetch, read_catalogue, read_literal
 from minirec.errors import UserError
 
 ROWS = "".join(f"{user}\t{item}\t5\t{1000 + item}\n" for user in range(40) for item in range(50)).encode()
@@ -589,7 +590,7 @@ def test_a_literal_is_read_as_python_prints_it_and_nothing_is_evaluated():
 def test_a_real_log_gives_the_published_counts(tmp_path):
     rows = real_log("ml-100k.inter").read_text().splitlines()[1:]
     content = zipped(("ml-100k/u.data", "\n".join(rows) + "\n"))
-    entry = read_catalogue(cli.CATALOGUE)["ml-100k"]
+    entry = read_catalogue(catalogue.CATALOGUE)["ml-100k"]
     (tmp_path / "ml-100k.zip").write_bytes(content)
     sha256 = hashlib.sha256(content).hexdigest()
     path, _ = fetch(replace(entry, sha256=sha256), tmp_path, no_progress, print)
@@ -603,7 +604,7 @@ def test_a_real_log_gives_the_published_counts(tmp_path):
 
 
 def test_the_catalogue_is_whole():
-    entries = read_catalogue(cli.CATALOGUE)
+    entries = read_catalogue(catalogue.CATALOGUE)
     readme = (ROOT / "datasets/README.md").read_text()
     for name, entry in entries.items():
         assert f"`{name}`" in readme and entry.licence and entry.page.startswith("https://")
@@ -636,7 +637,7 @@ def invoke(*arguments):
 
 def test_the_command_lists_suggests_and_instructs(tmp_path):
     listed = run_cli("data", "fetch", cwd=tmp_path).stdout
-    assert len(listed.splitlines()) == 1 + len(read_catalogue(cli.CATALOGUE)) and "1,000,209" in listed
+    assert len(listed.splitlines()) == 1 + len(read_catalogue(catalogue.CATALOGUE)) and "1,000,209" in listed
     result = invoke("ml1m")
     assert result.exit_code == 1 and "did you mean ml-1m?" in result.output
     result = invoke("yelp", "--out", tmp_path / "new")

@@ -24,7 +24,8 @@ from conftest import ROOT, log_of, real_log, run_cli
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from minirec import data, planted
+from minirec.data import log as data
+from minirec.data import planted
 from minirec.errors import UserError
 
 UNORDERED = [("u1", "c", 30), ("u2", "b", 10), ("u1", "b", 20), ("u1", "a", 10), ("u2", "a", 10)]

@@ -6,7 +6,9 @@ from conftest import log_of, real_log
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from minirec import data, describe, runs
+from minirec import runs
+from minirec.data import describe
+from minirec.data import log as data
 from minirec.errors import UserError
 
 SEQUENCES = st.lists(st.lists(st.integers(0, 6), min_size=1, max_size=12), min_size=2, max_size=10)

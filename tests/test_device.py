@@ -7,8 +7,10 @@ import numpy as np
 import pytest
 from fake_cupy import counts, installed
 
-from minirec import backend, data, decompose, evaluate, gradcheck, model, optimizer, planted
+from minirec import backend, decompose, evaluate, gradcheck, model, optimizer
 from minirec.attention import known_weightings
+from minirec.data import log as data
+from minirec.data import planted
 from minirec.errors import UserError
 from minirec.loss import LOSSES
 from minirec.workers import Sampling, Team

@@ -8,9 +8,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from minirec import data, evaluate, model, packing
+from minirec import evaluate, model, packing
+from minirec.data import log as data
+from minirec.data.planted import household
 from minirec.errors import UserError
-from minirec.planted import household
 from minirec.workers import worker_map
 
 CONFIG = model.Config(n_items=200, hidden_size=8, max_length=10)

@@ -9,7 +9,7 @@ from conftest import ROOT, assert_gradient, log_of
 
 from minirec import decompose, evaluate, gradcheck, model, optimizer, plain, runs
 from minirec.attention import known_weightings
-from minirec.data import leave_one_out
+from minirec.data.log import leave_one_out
 from minirec.gradcheck import central_differences
 from minirec.packing import make_buckets, pack_list
 from minirec.parameters import parameter_count, parameter_shapes, sub_dict, unflatten

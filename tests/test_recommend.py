@@ -18,7 +18,8 @@ from conftest import ROOT
 from hypothesis import given
 from hypothesis import strategies as st
 
-from minirec import data, evaluate, model, runs
+from minirec import evaluate, model, runs
+from minirec.data import log as data
 from minirec.workers import AHEAD, worker_map
 
 

@@ -19,7 +19,7 @@ from conftest import run_cli
 
 from minirec import decompose, evaluate, files, model, report, runs, statistics, study
 from minirec.attention import FIXED, known_weightings
-from minirec.data import Log, leave_one_out
+from minirec.data.log import Log, leave_one_out
 from minirec.errors import UserError
 
 QUICK = ("--epochs", 1, "--seeds", 2, "--attn", "softmax", "--attn", "uniform")

@@ -19,7 +19,9 @@ import pytest
 from click.testing import CliRunner
 from conftest import ROOT, last_json, log_of, run_cli
 
-from minirec import baselines, data, evaluate, files, packing, planted, runs, statistics, study
+from minirec import baselines, evaluate, files, packing, runs, statistics, study
+from minirec.data import log as data
+from minirec.data import planted
 from minirec.decompose import RATIOS, decompose, summarise
 from minirec.errors import UserError
 from minirec.train import train

@@ -18,7 +18,8 @@ import pytest
 from conftest import log_of
 from threadpoolctl import threadpool_limits
 
-from minirec import data, evaluate, files, runs
+from minirec import evaluate, files, runs
+from minirec.data import log as data
 from minirec.errors import UserError
 from minirec.loss import LOSSES
 from minirec.model import Config, encode, init_parameters

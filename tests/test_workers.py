@@ -8,7 +8,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from minirec import backend, data, model, packing, workers
+from minirec import backend, model, packing, workers
+from minirec.data import log as data
 from minirec.errors import UserError
 from minirec.optimizer import adam_step
 from minirec.packing import pack

@@ -6,7 +6,7 @@ Logs, good and malformed, are mutated; whatever comes out must either be read, t
 csv and to a Log that can be split and described, or be refused by a UserError of one line that names the file.
 The first byte of an input chooses the format and the columns that are asked for; the rest is the file.
 
-Where atheris is installed (pip install atheris) mutations are guided by the lines of data.py that they reach,
+Where atheris is installed (pip install atheris) mutations are guided by the lines of data/log.py that they reach,
 else they are random.
 """
 
@@ -26,8 +26,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from test_data import MALFORMED, WELL_FORMED
 
-from minirec import data
-from minirec.describe import describe
+from minirec.data import log as data
+from minirec.data.describe import describe
 from minirec.errors import UserError
 
 try:
@@ -93,7 +93,7 @@ def mutated(content, other):
 @click.option("--seconds", type=click.IntRange(1), default=600, show_default=True)
 def main(seconds):
     if atheris:
-        with atheris.instrument_imports(include=["minirec.data"]):
+        with atheris.instrument_imports(include=["minirec.data.log"]):
             importlib.reload(data)
         folder = Path(tempfile.mkdtemp())
         for number, content in enumerate(seeds()):

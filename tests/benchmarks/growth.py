@@ -36,7 +36,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from training import BATCH_SIZE, LEARNING_RATE, SEED, WATCHED, Contender, Problem, aligned, say, synthetic_log
 
-from minirec.data import leave_one_out, training_windows
+from minirec.data.log import leave_one_out, training_windows
 from minirec.evaluate import chunks
 from minirec.packing import plan
 from minirec.parameters import INIT_STD, Config, unflatten

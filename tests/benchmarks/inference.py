@@ -48,7 +48,7 @@ from training import (
 )
 
 from minirec.attention import known_weightings
-from minirec.data import leave_one_out, read_log
+from minirec.data.log import leave_one_out, read_log
 from minirec.decompose import RATIOS, RECENT, block_caches, contribution_norms, mixing_ratios, work_chunks
 from minirec.errors import UserError
 from minirec.evaluate import CASES_AT_A_TIME, chunks, last_representations, metrics, rank_targets, recommend

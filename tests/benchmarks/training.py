@@ -32,7 +32,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from minirec.data import Log, batches, leave_one_out, read_log, training_windows
+from minirec.data.log import Log, batches, leave_one_out, read_log, training_windows
 from minirec.errors import UserError
 from minirec.model import Config, init_parameters
 from minirec.workers import Team, usable_cores

@@ -31,13 +31,15 @@ from dataclasses import dataclass
 from datetime import datetime
 from functools import partial
 from gzip import GzipFile
+from pathlib import Path
 from types import SimpleNamespace
 from urllib.parse import unquote, urljoin, urlsplit
 
 from minirec import files, runs
-from minirec.data import MAX_ID_BYTES
+from minirec.data.log import MAX_ID_BYTES
 from minirec.errors import UserError
 
+CATALOGUE = Path(__file__).with_name("catalogue.json")
 SCHEMES = ("https",)
 REDIRECTS = 5  # in a row, all of them within one host
 TIMEOUT = 30  # seconds for an answer, and again for each part of it

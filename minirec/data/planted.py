@@ -13,7 +13,7 @@ Each has 1,500 users and 200 items, so that a model trains in seconds.
 
 import numpy as np
 
-from minirec.data import Log
+from minirec.data.log import Log
 
 N_USERS, N_ITEMS, N_SUCCESSORS = 1500, 200, 3
 SHORTEST, LONGEST = 8, 24

@@ -5,7 +5,7 @@ Symbols: U users, V items, n interactions, M test users.
 
 import numpy as np
 
-from minirec.data import filter_log, users_of
+from minirec.data.log import filter_log, users_of
 from minirec.errors import UserError
 
 QUANTILES = (0, 10, 25, 50, 75, 90, 100)  # percent
