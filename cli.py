@@ -27,29 +27,31 @@ import numpy as np
 from click.core import ParameterSource
 
 import minirec
-from minirec import backend, files, runs
-from minirec import gradcheck as checking
-from minirec import report as reporting
-from minirec import study as studying
-from minirec import trace as tracing
+from minirec import backend, files
 from minirec.attention import known_weightings
 from minirec.backend import load as load_backend
-from minirec.baselines import rank_baselines
 from minirec.data import planted
 from minirec.data import public as cataloguing
 from minirec.data.describe import count_unreachable, describe
-from minirec.data.log import FORMATS, SPLITS, Cases, k_core, read_log, renumbered, training_windows
+from minirec.data.log import FORMATS, k_core, read_log, renumbered
+from minirec.data.split import SPLITS, Targets, training_windows
 from minirec.decompose import RATIOS, contributions, summarise
 from minirec.decompose import decompose as decompose_sequences
 from minirec.errors import UserError
-from minirec.evaluate import CUTOFFS, MISS, metrics, rank_targets
-from minirec.evaluate import recommend as recommend_items
+from minirec.lesson import gradcheck as checking
+from minirec.lesson import trace as tracing
 from minirec.loss import LOSSES
 from minirec.model import Config
-from minirec.statistics import JUDGED_BY, METRICS, mean_g
-from minirec.train import SELECTED_BY, best
-from minirec.train import train as train_model
-from minirec.workers import abort, launched_rank, launched_ranks, usable_cores, worker_map
+from minirec.report import page as reporting
+from minirec.studies import grid as studying
+from minirec.studies.statistics import JUDGED_BY, METRICS, mean_g
+from minirec.training import runs
+from minirec.training.baselines import rank_baselines
+from minirec.training.fit import SELECTED_BY, best
+from minirec.training.fit import train as train_model
+from minirec.training.parallel import abort, launched_rank, launched_ranks, usable_cores, worker_map
+from minirec.training.ranking import CUTOFFS, MISS, metrics, rank_targets
+from minirec.training.ranking import recommend as recommend_items
 
 DEFAULT_DATA = "household"
 TRAINING_OPTIONS = ("loss", "negatives", "epochs", "batch_size", "lr", "patience", "seed", "backend", "filter_seen")
@@ -587,7 +589,7 @@ def _count(log, split, part, filter_seen, reached):
 def _known_cases(run, log, cases):
     """Return, of the cases of another log, those that the run's model can rank; say how many others there are.
 
-    They come as sequence and Cases in the model's numbering, and as places among all cases; then the numbers of
+    They come as sequence and Targets in the model's numbering, and as places among all cases; then the numbers of
     the others as {what is unknown: so many}.
     """
     known, moved = _known_part(run, log, run.items())
@@ -598,7 +600,7 @@ def _known_cases(run, log, cases):
     for count, what in zip(missed.values(), ("targets are", "histories before a known target are all"), strict=True):
         if count:
             say(f"{count:,} of {len(starts):,} {what} unknown to the model: they count as misses")
-    return known.sequence, Cases(cases.users[ranked], starts[ranked], stops[ranked]), ranked, missed
+    return known.sequence, Targets(cases.users[ranked], starts[ranked], stops[ranked]), ranked, missed
 
 
 def _known_part(run, log, items):
@@ -707,7 +709,7 @@ def _show_study(results, everything, times, jobs, out, as_json):
         click.echo("\n".join(["", *(studying.verdict(name, result) for name, result in results.items())]))
     written = ["study.json", "study.csv", "times.json"]
     try:
-        from minirec import figures
+        from minirec.studies import plots as figures
 
         written += [
             path.name for path in figures.study_pictures(results, everything, studying.learning_curves(jobs), out)
@@ -939,7 +941,7 @@ def decompose(run, data, out, backend, workers, as_json):
 
 def _write_decomposition(folder, result, users):
     """Write decomposition.npz and, where matplotlib is there, heatmaps.png."""
-    from minirec import figures
+    from minirec.studies import plots as figures
 
     files.make_folder(folder)
     arrays = {"users": users[result["sequences"]], "positions": result["positions"]}

@@ -14,7 +14,7 @@ from click.testing import CliRunner
 
 from minirec import model
 from minirec.data.log import Log
-from minirec.evaluate import MISS
+from minirec.training.ranking import MISS
 
 ROOT = Path(__file__).resolve().parent.parent
 DATASETS = Path(os.environ.get("MINIREC_DATASETS", ROOT.parent / "shared" / "datasets"))

@@ -10,7 +10,7 @@ import pytest
 from conftest import ROOT, assert_gradient
 
 from minirec.attention import FIXED, attention, attention_backward, fixed_weights, known_weightings
-from minirec.gradcheck import central_differences
+from minirec.lesson.gradcheck import central_differences
 from minirec.ops import dropout_mask
 from minirec.packing import make_buckets
 

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 from conftest import counted_by_hand, log_of
 
-from minirec import baselines
 from minirec.data import log as data
+from minirec.data.split import SPLITS, distinct, leave_one_out
+from minirec.training import baselines
 
 
 @pytest.mark.parametrize("places_at_a_time", [1, 20, 1 << 20])  # a case a chunk; several and a remainder; one chunk
@@ -21,7 +22,7 @@ def test_baselines_equal_counting_by_hand(rng, monkeypatch, places_at_a_time, fi
     log = dataclasses.replace(log, times=joined[data.users_of(log)] + np.arange(len(log.sequence)) % 7 / 10)
     for u in range(len(log.users)):
         log.times[log.offsets[u] : log.offsets[u + 1]].sort()
-    split = data.SPLITS[split](log)
+    split = SPLITS[split](log)
     cases = getattr(split, part)
     found = baselines.rank_baselines(log, split, cases, filter_seen)
     for name, ranks in counted_by_hand(log, split, cases, filter_seen).items():
@@ -31,7 +32,7 @@ def test_baselines_equal_counting_by_hand(rng, monkeypatch, places_at_a_time, fi
 
 def test_what_is_held_out_is_not_counted():
     log = log_of([[0, 1, 2, 3], [0, 1, 2, 3], [4, 0, 3, 3]])
-    split = data.leave_one_out(log)
+    split = leave_one_out(log)
     found = baselines.rank_baselines(log, split, split.test, filter_seen=False)
     # No training part holds the targets, 3: every item stands before them. If they counted, 3 would follow 2 and lead.
     assert found["transitions"].tolist() == found["popularity"].tolist() == [4, 4, 4]
@@ -40,4 +41,4 @@ def test_what_is_held_out_is_not_counted():
 def test_distinct_keys_come_in_order(rng):
     for n in (0, 1, 50):
         keys = rng.integers(9, size=n)
-        assert data.distinct(keys).tolist() == sorted(set(keys.tolist()))
+        assert distinct(keys).tolist() == sorted(set(keys.tolist()))

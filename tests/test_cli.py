@@ -17,11 +17,12 @@ import pytest
 from click.testing import CliRunner
 from conftest import ROOT, last_json, run_cli
 
-from minirec import files, packing, runs
+from minirec import files, packing
 from minirec.decompose import RATIOS, contributions, decompose
-from minirec.evaluate import CUTOFFS
 from minirec.model import encode
-from minirec.train import Progress
+from minirec.training import runs
+from minirec.training.fit import Progress
+from minirec.training.ranking import CUTOFFS
 
 METRICS = {f"{name}@{k}" for name in ("HR", "NDCG", "MRR") for k in CUTOFFS}
 
@@ -175,8 +176,8 @@ def test_decompose_without_matplotlib_writes_the_numbers(trained, tmp_path):
 def test_a_picture_needs_no_display_and_no_backend_of_the_environment(tmp_path, backend):
     pytest.importorskip("matplotlib")
     code = (
-        "import os, sys; from minirec import figures\n"
-        "figures.learning_curves('log', {'softmax': [[0.1, 0.2]]}, __import__('pathlib').Path('picture.png'))\n"
+        "import os, sys; from minirec.studies import plots\n"
+        "plots.learning_curves('log', {'softmax': [[0.1, 0.2]]}, __import__('pathlib').Path('picture.png'))\n"
         "assert not any('pyplot' in name for name in sys.modules)\n"
         "import matplotlib; print(os.environ['MPLBACKEND'], dict.get(matplotlib.rcParams, 'backend'))"
     )

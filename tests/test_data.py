@@ -26,6 +26,17 @@ from hypothesis import strategies as st
 
 from minirec.data import log as data
 from minirec.data import planted
+from minirec.data.split import (
+    Split,
+    _quantile,
+    batches,
+    leave_one_out,
+    seen_items,
+    temporal,
+    training_windows,
+    unseen_negatives,
+    windows_end_to_end,
+)
 from minirec.errors import UserError
 
 UNORDERED = [("u1", "c", 30), ("u2", "b", 10), ("u1", "b", 20), ("u1", "a", 10), ("u2", "a", 10)]
@@ -458,7 +469,7 @@ def test_what_is_no_file_is_refused(tmp_path, make, message):
 
 def test_leave_one_out_holds_out_the_last_two():
     log = log_of([[0, 1, 2, 3], [4, 5], [6, 7, 8], [9]])
-    split = data.leave_one_out(log)
+    split = leave_one_out(log)
     assert list(split.train_lengths) == [2, 2, 1, 1]
     for part, targets, before in (("valid", [2, 7], [[0, 1], [6]]), ("test", [3, 8], [[0, 1, 2], [6, 7]])):
         wanted = getattr(split, part)
@@ -473,7 +484,7 @@ LISTS = st.lists(st.lists(st.integers(0, 8), min_size=1, max_size=8), min_size=2
 @given(LISTS)
 def test_leave_one_out_equals_a_plain_loop(sequences):
     log = log_of(sequences)
-    split = data.leave_one_out(log)
+    split = leave_one_out(log)
     long = {user: items for user, items in enumerate(sequences) if len(items) >= 3}
     for part, back in ((split.valid, 2), (split.test, 1)):
         cases = zip(part.users, part.starts, part.stops, strict=True)
@@ -489,7 +500,7 @@ def test_the_temporal_split_predicts_only_what_came_after_all_it_was_trained_on(
     log = log_of(np.split(np.arange(300), cuts))  # every item is unique
     times = rng.integers(50, size=300)  # many are equal
     log.times = np.concatenate([np.sort(times[a:b]) for a, b in pairwise(log.offsets)])
-    split = data.temporal(log)
+    split = temporal(log)
     trained = np.concatenate([log.times[a : a + n] for a, n in zip(log.offsets[:-1], split.train_lengths, strict=True)])
     test_begins = np.quantile(log.times, 0.9)
     known = [log.times[a:b][log.times[a:b] <= test_begins] for a, b in pairwise(log.offsets)]
@@ -509,7 +520,7 @@ def test_validation_begins_at_the_quantile_of_users_who_have_something_to_valida
     """Before the first quantile, 88: the eleven times of one user, and two users with one time each, left out."""
     log = log_of([list(range(11)), [0], [1], [2, 3]])
     log.times = np.array([0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 80, 85, 90, 91])
-    split = data.temporal(log)
+    split = temporal(log)
     assert 85 < np.quantile(log.times, 0.9) < 90 and np.quantile(log.times[:11], 0.9) == 9
     assert list(split.train_lengths) == [10, 0, 0, 0]
     assert (list(split.valid.users), list(split.valid.stops)) == ([0], [10])
@@ -522,9 +533,9 @@ def test_the_temporal_split_tells_times_apart_by_a_nanosecond(seed, beginning):
     log = log_of(np.split(np.arange(100), np.sort(rng.choice(np.arange(1, 100), 9, replace=False))))
     times = rng.integers(50, size=100)
     log.times = np.concatenate([np.sort(times[a:b]) for a, b in pairwise(log.offsets)])
-    expected = data.temporal(log)
+    expected = temporal(log)
     log.times = log.times + beginning
-    found = data.temporal(log)
+    found = temporal(log)
     np.testing.assert_array_equal(found.train_lengths, expected.train_lengths)
     for part, expected_part in zip(found[1:], expected[1:], strict=True):
         for column, expected_column in zip(part, expected_part, strict=True):
@@ -533,7 +544,7 @@ def test_the_temporal_split_tells_times_apart_by_a_nanosecond(seed, beginning):
 
 @given(st.lists(st.integers(0, 2**63 - 1) | st.integers(2**60, 2**60 + 9), min_size=1, max_size=40))
 def test_what_is_not_above_the_quantile_is_told_exactly(times):
-    begins = data._quantile(np.array(times))
+    begins = _quantile(np.array(times))
     place = Fraction(9, 10) * (len(times) - 1)
     ordered = sorted(times)
     a, b = ordered[math.floor(place)], ordered[math.ceil(place)]
@@ -544,10 +555,10 @@ def test_what_is_not_above_the_quantile_is_told_exactly(times):
 def test_the_temporal_split_says_what_it_lacks():
     log = log_of([[0, 1, 2, 3], [4, 5, 6]])
     with pytest.raises(UserError, match="no timestamps.*--split leave-one-out"):
-        data.temporal(log)
+        temporal(log)
     log.times = np.zeros(7)
     with pytest.raises(UserError, match="no user has a target for validation"):
-        data.temporal(log)
+        temporal(log)
 
 
 def test_times_follow_their_interactions(tmp_path):
@@ -612,9 +623,9 @@ def test_dropping_repeats_equals_a_plain_loop(sequences):
 @given(st.lists(st.integers(1, 12), min_size=1, max_size=20), st.integers(1, 6))
 def test_training_never_sees_a_held_out_item(lengths, max_length):
     log = log_of(np.split(np.arange(sum(lengths)), np.cumsum(lengths)[:-1]))  # every item is unique
-    split = data.leave_one_out(log)
+    split = leave_one_out(log)
     held_out = {int(log.sequence[s]) for part in (split.valid, split.test) for s in part.stops}
-    starts, windows = data.training_windows(log, split, max_length)
+    starts, windows = training_windows(log, split, max_length)
     for start, length in zip(starts, windows, strict=True):
         assert 1 <= length <= max_length
         assert not held_out & set(log.sequence[start : start + length + 1].tolist())  # inputs and targets
@@ -637,7 +648,7 @@ class Given:
 def test_every_unseen_item_is_the_negative_of_one_draw(sequences, n_items):
     log = log_of(sequences)
     log.items = [str(i) for i in range(n_items)]  # LISTS holds 0 to 8
-    split = data.Split(np.array([len(s) for s in sequences]), None, None)
+    split = Split(np.array([len(s) for s in sequences]), None, None)
     unseen = [sorted(set(range(n_items)) - set(items)) or None for items in sequences]
     expected, users, draws = [], [], []
     for user, items in enumerate(unseen):
@@ -647,18 +658,18 @@ def test_every_unseen_item_is_the_negative_of_one_draw(sequences, n_items):
         users += [user] * len(items)
         draws += range(len(items))
     targets = np.full(len(users), 3)
-    found = data.unseen_negatives(Given(draws), np.array(users), targets, n_items, data.seen_items(log, split))
+    found = unseen_negatives(Given(draws), np.array(users), targets, n_items, seen_items(log, split))
     assert list(found) == expected
 
 
 @given(LISTS, st.integers(0, 10**6))
 def test_unseen_negatives_equal_a_plain_loop(sequences, seed):
     log = log_of(sequences)
-    split, n_items = data.leave_one_out(log), len(log.items)
+    split, n_items = leave_one_out(log), len(log.items)
     assume(n_items >= 2)
     users = np.random.default_rng(seed).integers(len(sequences), size=50)
     targets = np.array([sequences[user][-1] for user in users])
-    found = data.unseen_negatives(np.random.default_rng(7), users, targets, n_items, data.seen_items(log, split))
+    found = unseen_negatives(np.random.default_rng(7), users, targets, n_items, seen_items(log, split))
     allowed = []
     for user, target in zip(users, targets, strict=True):
         seen = set(sequences[user][: split.train_lengths[user]])
@@ -670,15 +681,15 @@ def test_unseen_negatives_equal_a_plain_loop(sequences, seed):
 
 def test_a_user_who_has_had_all_items_but_one_gets_that_one_and_one_who_had_all_never_the_target():
     log = log_of([[*range(150), *range(151, 200), 150, 0], [*range(200), 0, 1]])
-    seen = data.seen_items(log, data.leave_one_out(log))
+    seen = seen_items(log, leave_one_out(log))
     users, targets = np.repeat([0, 1], 2000), np.arange(4000) % 200
-    found = data.unseen_negatives(np.random.default_rng(0), users, targets, 200, seen)
+    found = unseen_negatives(np.random.default_rng(0), users, targets, 200, seen)
     assert set(found[:2000]) == {150}
     assert set(found[2000:]) == set(range(200)) and (found[2000:] != targets[2000:]).all()
 
 
 def test_windows_end_to_end_hold_inputs_and_targets():
-    flat, begins = data.windows_end_to_end(np.arange(10, 30), np.array([4, 0, 15]), np.array([2, 1, 3]))
+    flat, begins = windows_end_to_end(np.arange(10, 30), np.array([4, 0, 15]), np.array([2, 1, 3]))
     assert list(flat) == [14, 15, 16, 10, 11, 25, 26, 27, 28]
     assert list(begins) == [0, 3, 5]
 
@@ -686,7 +697,7 @@ def test_windows_end_to_end_hold_inputs_and_targets():
 @given(st.lists(st.tuples(st.integers(0, 40), st.integers(1, 9)), min_size=1, max_size=12))
 def test_windows_end_to_end_equal_slices(windows):
     sequence = np.arange(100, 150)
-    flat, begins = data.windows_end_to_end(sequence, *np.array(windows).T)
+    flat, begins = windows_end_to_end(sequence, *np.array(windows).T)
     pieces = [sequence[start : start + length + 1] for start, length in windows]
     np.testing.assert_array_equal(flat, np.concatenate(pieces))
     assert [flat[begin] for begin in begins] == [piece[0] for piece in pieces]
@@ -694,10 +705,10 @@ def test_windows_end_to_end_equal_slices(windows):
 
 @given(st.integers(1, 500), st.integers(1, 200), st.integers(0, 5))
 def test_batches_cover_everything_once_in_an_order_set_by_the_epoch(n, size, epoch):
-    found = data.batches(n, size, 0, epoch)
+    found = batches(n, size, 0, epoch)
     assert sorted(np.concatenate(found)) == list(range(n))
     assert all(len(batch) == size for batch in found[:-1])
-    np.testing.assert_array_equal(np.concatenate(found), np.concatenate(data.batches(n, size, 0, epoch)))
+    np.testing.assert_array_equal(np.concatenate(found), np.concatenate(batches(n, size, 0, epoch)))
 
 
 @pytest.mark.parametrize("name, back", [("chain", 1), ("household", 2)])

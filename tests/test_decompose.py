@@ -3,13 +3,14 @@
 import numpy as np
 import pytest
 
-from minirec import gradcheck, model, packing
+from minirec import model, packing
 from minirec.attention import known_weightings
 from minirec.decompose import RATIOS, RECENT, block_caches, contributions, decompose, head_norms, summarise
 from minirec.errors import UserError
+from minirec.lesson import gradcheck
 from minirec.ops import LAYER_NORM_EPS
 from minirec.parameters import parameter_shapes, sub_dict
-from minirec.workers import worker_map
+from minirec.training.parallel import worker_map
 
 
 def naive_block(x, a, p, n_heads):

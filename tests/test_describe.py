@@ -6,16 +6,17 @@ from conftest import log_of, real_log
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from minirec import runs
 from minirec.data import describe
 from minirec.data import log as data
+from minirec.data.split import SPLITS, leave_one_out
 from minirec.errors import UserError
+from minirec.training import runs
 
 SEQUENCES = st.lists(st.lists(st.integers(0, 6), min_size=1, max_size=12), min_size=2, max_size=10)
 
 
 def description(log, split="leave-one-out"):
-    return describe.describe(log, data.SPLITS[split](log))
+    return describe.describe(log, SPLITS[split](log))
 
 
 def test_a_small_log_is_described_as_counted_by_hand():
@@ -74,7 +75,7 @@ def test_counts_equal_those_of_plain_loops(sequences, draw):
             exact += (item, moments[t]) in list(zip(sequence[:t], moments[:t], strict=True))
         unreachable += len(sequence) >= 3 and sequence[-1] in sequence[:-1]
     assert found == {"immediate": immediate, "seen_before": seen, "exact_duplicates": exact}
-    assert describe.count_unreachable(log, data.leave_one_out(log).test) == unreachable
+    assert describe.count_unreachable(log, leave_one_out(log).test) == unreachable
 
 
 @given(st.lists(st.integers(1, 5000), min_size=1, max_size=50))
@@ -140,7 +141,7 @@ def test_core_sizes_are_those_of_the_log_that_the_same_options_and_k_core_give(t
 def test_repeats_that_a_core_makes_are_dropped_from_its_size():
     # Without x, which is rare, items of the first user follow themselves; then one a user is left of each.
     log = log_of([[0, 9, 0, 1, 2, 3, 4], [0, 1, 2, 3, 4], [0, 1, 2, 3, 4], [0, 1, 2, 3, 4], [0, 1, 2, 3, 4]])
-    found = {drop: describe.describe(log, data.leave_one_out(log), drop)["k_core"]["5"] for drop in (False, True)}
+    found = {drop: describe.describe(log, leave_one_out(log), drop)["k_core"]["5"] for drop in (False, True)}
     assert found[False] == {"users": 5, "items": 5, "interactions": 26}
     assert found[True] == {"users": 5, "items": 5, "interactions": 25}
 

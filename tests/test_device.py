@@ -7,13 +7,15 @@ import numpy as np
 import pytest
 from fake_cupy import counts, installed
 
-from minirec import backend, decompose, evaluate, gradcheck, model, optimizer
+from minirec import backend, decompose, model, optimizer
 from minirec.attention import known_weightings
-from minirec.data import log as data
 from minirec.data import planted
+from minirec.data.split import Targets, leave_one_out, seen_items, training_windows
 from minirec.errors import UserError
+from minirec.lesson import gradcheck
 from minirec.loss import LOSSES
-from minirec.workers import Sampling, Team
+from minirec.training import ranking as evaluate
+from minirec.training.parallel import Sampling, Team
 
 MOST_LAUNCHES = 600  # of a step with two blocks
 CONFIG = model.Config(planted.N_ITEMS, hidden_size=16, max_length=24, dropout=0.2)
@@ -37,11 +39,11 @@ def gpu():
 def steps(xp, config, n_sequences, loss="ce", n_steps=2):
     """Losses and parameters of a few steps, and what the last one counted."""
     log = planted.household()
-    split = data.leave_one_out(log)
-    starts, lengths = data.training_windows(log, split, config.max_length)
+    split = leave_one_out(log)
+    starts, lengths = training_windows(log, split, config.max_length)
     sampling = None
     if loss != "ce":
-        sampling = Sampling(loss, 50, data.seen_items(log, split), log.offsets, n_sequences * (config.max_length + 1))
+        sampling = Sampling(loss, 50, seen_items(log, split), log.offsets, n_sequences * (config.max_length + 1))
     flat = np.concatenate([x.reshape(-1) for x in model.init_parameters(config, 0).values()])
     losses = []
     with Team(config, log.sequence, xp, 1, sampling) as team:
@@ -74,7 +76,7 @@ def test_a_step_launches_as_much_for_any_batch_and_never_waits(cupy, attn):
     for n, c in zip(
         (16, 128, 512), counted, strict=True
     ):  # items, positions, targets and places in the rectangles: ids only
-        starts, lengths = data.training_windows(log, data.leave_one_out(log), CONFIG.max_length)
+        starts, lengths = training_windows(log, leave_one_out(log), CONFIG.max_length)
         assert c["uploaded bytes"] <= 4 * 8 * lengths[:n].sum()
 
 
@@ -82,7 +84,7 @@ def test_ranking_and_decomposing_do_what_they_do_on_numpy(cupy):
     log, config = planted.household(), replace(CONFIG, n_items=planted.N_ITEMS)
     parameters = model.init_parameters(config, 0)
     device = {name: backend.to_device(value, cupy) for name, value in parameters.items()}
-    test = data.Cases(*(x[:60] for x in data.leave_one_out(log).test))
+    test = Targets(*(x[:60] for x in leave_one_out(log).test))
     ours, theirs = (
         np.concatenate(list(evaluate.rank_targets(p, config, log.sequence, test))) for p in (device, parameters)
     )

@@ -8,11 +8,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from minirec import evaluate, model, packing
-from minirec.data import log as data
+from minirec import model, packing
 from minirec.data.planted import household
+from minirec.data.split import Targets, leave_one_out
 from minirec.errors import UserError
-from minirec.workers import worker_map
+from minirec.training import ranking as evaluate
+from minirec.training.parallel import worker_map
 
 CONFIG = model.Config(n_items=200, hidden_size=8, max_length=10)
 
@@ -29,7 +30,7 @@ def parameters():
 
 
 def ranks_of(parameters, log, part="test", config=CONFIG, **options):
-    wanted = getattr(data.leave_one_out(log), part)
+    wanted = getattr(leave_one_out(log), part)
     return np.concatenate(list(evaluate.rank_targets(parameters, config, log.sequence, wanted, **options)))
 
 
@@ -73,7 +74,7 @@ def test_ranks_do_not_depend_on_the_chunks(log, parameters, small_chunks, n, fil
         if filter_seen:
             scores[history] = -np.inf
         expected.append(evaluate.MISS if np.isneginf(scores[target]) else (scores > scores[target]).sum())
-    cases = data.Cases(*(column[:n] for column in data.leave_one_out(log).test))
+    cases = Targets(*(column[:n] for column in leave_one_out(log).test))
     for n_workers in (1, 3):
         with worker_map(n_workers, np) as run:
             ranks = evaluate.rank_targets(parameters, CONFIG, log.sequence, cases, filter_seen, run)
@@ -82,7 +83,7 @@ def test_ranks_do_not_depend_on_the_chunks(log, parameters, small_chunks, n, fil
 
 def test_a_seen_target_is_a_miss_at_every_cutoff(log, parameters):
     ranks = ranks_of(parameters, log)
-    wanted = data.leave_one_out(log).test
+    wanted = leave_one_out(log).test
     seen = [log.sequence[b] in log.sequence[a:b] for a, b in zip(wanted.starts, wanted.stops, strict=True)]
     np.testing.assert_array_equal(ranks == evaluate.MISS, seen)
     assert evaluate.metrics(ranks[seen])["HR@100"] == 0

@@ -3,12 +3,12 @@
 import numpy as np
 import pytest
 
-from minirec import statistics
 from minirec.decompose import RATIOS
+from minirec.studies import statistics
 
 pytest.importorskip("matplotlib", reason="pictures need matplotlib")
 
-from minirec import figures  # noqa: E402
+from minirec.studies import plots as figures  # noqa: E402
 
 
 @pytest.fixture

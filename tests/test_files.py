@@ -11,9 +11,10 @@ import zipfile
 import numpy as np
 import pytest
 
-from minirec import files, runs
+from minirec import files
 from minirec.errors import UserError
 from minirec.model import init_parameters
+from minirec.training import runs
 
 
 def array_file(*shape, dtype="<f4", content=b""):

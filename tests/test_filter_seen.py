@@ -9,9 +9,13 @@ import numpy as np
 import pytest
 from conftest import ROOT, call_cli, counted_by_hand, last_json, ranked_by_hand, run_cli
 
-from minirec import evaluate, files, model, report, runs, study
+from minirec import files, model
 from minirec.errors import UserError
-from minirec.train import best
+from minirec.report import page as report
+from minirec.studies import grid as study
+from minirec.training import ranking as evaluate
+from minirec.training import runs
+from minirec.training.fit import best
 
 OPTIONS = {True: "--filter-seen", False: "--no-filter-seen"}
 SMALL = ("--hidden", 8, "--heads", 1, "--dropout", 0.1, "--lr", 0.01)

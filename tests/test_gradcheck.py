@@ -3,8 +3,9 @@
 import numpy as np
 import pytest
 
-from minirec import gradcheck, model, ops
+from minirec import model, ops
 from minirec.attention import known_weightings
+from minirec.lesson import gradcheck
 
 
 @pytest.mark.parametrize("weighting", known_weightings())

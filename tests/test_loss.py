@@ -5,7 +5,7 @@ import pytest
 from conftest import assert_gradient
 
 from minirec import packing
-from minirec.gradcheck import central_differences
+from minirec.lesson.gradcheck import central_differences
 from minirec.loss import binary_cross_entropy, cross_entropy, sampled_cross_entropy
 
 

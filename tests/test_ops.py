@@ -6,7 +6,7 @@ from conftest import assert_gradient
 
 from minirec import ops
 from minirec.backend import scatter_add
-from minirec.gradcheck import central_differences
+from minirec.lesson.gradcheck import central_differences
 
 
 def check(forward, backward, inputs, rng):

@@ -7,12 +7,15 @@ import numpy as np
 import pytest
 from conftest import ROOT, assert_gradient, log_of
 
-from minirec import decompose, evaluate, gradcheck, model, optimizer, plain, runs
+from minirec import decompose, model, optimizer, plain
 from minirec.attention import known_weightings
-from minirec.data.log import leave_one_out
-from minirec.gradcheck import central_differences
+from minirec.data.split import leave_one_out
+from minirec.lesson import gradcheck
+from minirec.lesson.gradcheck import central_differences
 from minirec.packing import make_buckets, pack_list
 from minirec.parameters import parameter_count, parameter_shapes, sub_dict, unflatten
+from minirec.training import ranking as evaluate
+from minirec.training import runs
 
 MIXED = ("softmax", "recency")  # one weighting a block
 ATTN = [*known_weightings(), MIXED]

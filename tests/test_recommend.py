@@ -18,9 +18,11 @@ from conftest import ROOT
 from hypothesis import given
 from hypothesis import strategies as st
 
-from minirec import evaluate, model, runs
+from minirec import model
 from minirec.data import log as data
-from minirec.workers import AHEAD, worker_map
+from minirec.training import ranking as evaluate
+from minirec.training import runs
+from minirec.training.parallel import AHEAD, worker_map
 
 
 @pytest.fixture(scope="module")

@@ -17,10 +17,16 @@ import numpy as np
 import pytest
 from conftest import run_cli
 
-from minirec import decompose, evaluate, files, model, report, runs, statistics, study
+from minirec import decompose, files, model
 from minirec.attention import FIXED, known_weightings
-from minirec.data.log import Log, leave_one_out
+from minirec.data.log import Log
+from minirec.data.split import leave_one_out
 from minirec.errors import UserError
+from minirec.report import page as report
+from minirec.studies import grid as study
+from minirec.studies import statistics
+from minirec.training import ranking as evaluate
+from minirec.training import runs
 
 QUICK = ("--epochs", 1, "--seeds", 2, "--attn", "softmax", "--attn", "uniform")
 DEEP = 700 if sys.version_info < (3, 12) else 5000  # lists within lists, which are read and no further walked through

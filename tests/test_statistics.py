@@ -6,8 +6,8 @@ import math
 import numpy as np
 import pytest
 
-from minirec import statistics
-from minirec.statistics import METRICS
+from minirec.studies import statistics
+from minirec.studies.statistics import METRICS
 
 stats = pytest.importorskip("scipy.stats", reason="the study's statistics need scipy")
 

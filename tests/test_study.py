@@ -19,12 +19,17 @@ import pytest
 from click.testing import CliRunner
 from conftest import ROOT, last_json, log_of, run_cli
 
-from minirec import baselines, evaluate, files, packing, runs, statistics, study
+from minirec import files, packing
 from minirec.data import log as data
 from minirec.data import planted
+from minirec.data.split import Targets, leave_one_out, temporal
 from minirec.decompose import RATIOS, decompose, summarise
 from minirec.errors import UserError
-from minirec.train import train
+from minirec.studies import grid as study
+from minirec.studies import statistics
+from minirec.training import baselines, runs
+from minirec.training import ranking as evaluate
+from minirec.training.fit import train
 
 pytest.importorskip("scipy", reason="the study needs scipy")
 
@@ -260,7 +265,7 @@ def test_defaults_follow_the_data():
 
 def test_shuffling_moves_only_what_the_model_sees_before_the_target():
     sequence = np.arange(20)
-    cases = data.Cases(np.array([0, 1]), np.array([0, 10]), np.array([7, 19]))
+    cases = Targets(np.array([0, 1]), np.array([0, 10]), np.array([7, 19]))
     shuffled = study.shuffle_histories(sequence, cases, 5, seed=0)
     assert sorted(shuffled[2:7]) == list(range(2, 7)) and sorted(shuffled[14:19]) == list(range(14, 19))
     unmoved = [*range(2), *range(7, 14), 19]
@@ -269,7 +274,7 @@ def test_shuffling_moves_only_what_the_model_sees_before_the_target():
 
 def test_every_history_and_every_seed_has_an_order_of_its_own():
     sequence = np.arange(60)  # three histories of 20
-    cases = data.Cases(np.arange(3), np.arange(0, 60, 20), np.arange(19, 60, 20))
+    cases = Targets(np.arange(3), np.arange(0, 60, 20), np.arange(19, 60, 20))
     orders = [study.shuffle_histories(sequence, cases, 50, seed).reshape(3, 20) % 20 for seed in (0, 1)]
     assert len({tuple(order) for order in np.concatenate(orders)}) == 6
     np.testing.assert_array_equal(study.shuffle_histories(sequence, cases, 50, 1).reshape(3, 20) % 20, orders[1])
@@ -280,7 +285,7 @@ def test_baselines_equal_counting_by_hand(rng, loss_bytes, monkeypatch):
     monkeypatch.setattr(packing, "CPU_PLAN", packing.CPU_PLAN._replace(loss_bytes=loss_bytes))
     sequences = [rng.integers(12, size=rng.integers(3, 9)).tolist() for _ in range(33)]
     log = log_of(sequences)
-    split = data.leave_one_out(log)
+    split = leave_one_out(log)
     found = baselines.rank_baselines(log, split, split.test)
     trained = [s[:-2] for s in sequences]
     popularity = [sum(s.count(i) for s in trained) for i in range(12)]
@@ -294,7 +299,7 @@ def test_baselines_equal_counting_by_hand(rng, loss_bytes, monkeypatch):
 
 def test_a_history_shorter_than_max_length_is_shuffled_within_itself():
     sequence = np.arange(60)  # three histories of 19 items and a target
-    cases = data.Cases(np.arange(3), np.arange(0, 60, 20), np.arange(19, 60, 20))
+    cases = Targets(np.arange(3), np.arange(0, 60, 20), np.arange(19, 60, 20))
     for user, (*history, target) in enumerate(study.shuffle_histories(sequence, cases, 50, 0).reshape(3, 20)):
         assert sorted(history) == list(range(20 * user, 20 * user + 19)) and target == 20 * user + 19
 
@@ -322,7 +327,7 @@ def test_the_ranks_that_a_run_keeps_are_those_of_their_names(tmp_path, attn):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(study.time, "perf_counter", lambda: next(clock))
         assert study.analyse(log, job.settings(), job.folder)
-    config, test = runs.model_config(job.settings()), data.leave_one_out(log).test
+    config, test = runs.model_config(job.settings()), leave_one_out(log).test
     parameters = runs.load_parameters(job.folder, config)
     shuffled = study.shuffle_histories(log.sequence, test, 6, seed=3)
     wanted = {"test": (config, log.sequence), "shuffled": (config, shuffled)}
@@ -442,7 +447,7 @@ def test_the_results_of_a_study_are_those_of_its_runs(invented):
     assert {name: result[name] for name in counts} == counts and result["seeds"] == [0, 1]
     assert result["epochs"] == {attn: list(epochs) for attn, epochs in EPOCHS.items()} and result["epochs_at_most"] == 6
     runs_of = {attn: [kept(folder, attn, seed) for seed in (0, 1)] for attn in EPOCHS}
-    split = data.leave_one_out(log)
+    split = leave_one_out(log)
     counted = baselines.rank_baselines(log, split, split.test)
     for name in statistics.METRICS:
         values = {
@@ -512,7 +517,7 @@ def test_the_table_of_a_study_holds_in_each_row_the_metrics_of_its_arm(invented)
         for seed in (0, 1)
         for kind, ranks in kept(folder, attn, seed)[1].items()
     }
-    split = data.leave_one_out(log)
+    split = leave_one_out(log)
     expected |= {(name, ""): ranks for name, ranks in baselines.rank_baselines(log, split, split.test).items()}
     assert list(rows) == list(expected) and len(rows) == 3 * 2 * 2 + 3 * 2 + 2
     for arm, ranks in expected.items():
@@ -600,7 +605,7 @@ def test_a_study_says_how_many_users_it_tests_on(tmp_path, rng):
     rows = [(rng.integers(20), rng.integers(9), rng.integers(100)) for _ in range(300)]
     (tmp_path / "small.txt").write_text("user,item,time\n" + "".join(f"u{u},i{i},{t}\n" for u, i, t in rows))
     log = data.read_log(tmp_path / "small.txt")
-    split = data.temporal(log)
+    split = temporal(log)
     assert len(split.valid.users) != len(split.test.users) < 20
     words = f"small: 20 users, 9 items, 300 interactions; {len(split.test.users)} test users; the last "
     assert words in invented_study(tmp_path, 1, "--split", "temporal").stderr

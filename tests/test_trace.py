@@ -9,10 +9,11 @@ import pytest
 from click.testing import CliRunner
 from conftest import ROOT
 
-from minirec import model, trace
+from minirec import model
 from minirec.attention import known_weightings, softmax
 from minirec.decompose import RATIOS, decompose
-from minirec.gradcheck import central_differences
+from minirec.lesson import trace
+from minirec.lesson.gradcheck import central_differences
 
 LAST = trace.LENGTH - 1
 

@@ -18,13 +18,16 @@ import pytest
 from conftest import log_of
 from threadpoolctl import threadpool_limits
 
-from minirec import evaluate, files, runs
+from minirec import files
 from minirec.data import log as data
+from minirec.data.split import leave_one_out, training_windows
 from minirec.errors import UserError
 from minirec.loss import LOSSES
 from minirec.model import Config, encode, init_parameters
-from minirec.train import best, check_finite, finished, train
-from minirec.workers import Ranks, Team
+from minirec.training import ranking as evaluate
+from minirec.training import runs
+from minirec.training.fit import best, check_finite, finished, train
+from minirec.training.parallel import Ranks, Team
 
 FILES = sorted(runs.FILES)
 DEAD = 77  # an exit status
@@ -68,7 +71,7 @@ def test_a_run_leaves_what_the_contract_says(small, tmp_path):
     assert sorted(f.name for f in (tmp_path / "run").iterdir()) == FILES
     assert json.loads((tmp_path / "run/items.json").read_text()) == log.items
     assert records == files.read_json_lines(tmp_path / "run/metrics.jsonl")
-    n_steps = math.ceil(len(data.training_windows(log, data.leave_one_out(log), 6)[0]) / 16)
+    n_steps = math.ceil(len(training_windows(log, leave_one_out(log), 6)[0]) / 16)
     for epoch, record in enumerate(records, 1):
         assert record["epoch"] == epoch and record["steps"] == n_steps
         assert record["loss"] > 0 and record["train_seconds"] > 0 and 0 <= record["NDCG@10"] <= 1
@@ -79,7 +82,7 @@ def test_the_checkpoint_is_the_best_on_validation(small, tmp_path):
     records, _ = train(log, settings, tmp_path / "run")
     config = runs.model_config(settings)
     parameters = runs.load_parameters(tmp_path / "run", config)
-    ranks = evaluate.rank_targets(parameters, config, log.sequence, data.leave_one_out(log).valid)
+    ranks = evaluate.rank_targets(parameters, config, log.sequence, leave_one_out(log).valid)
     found = evaluate.metrics(np.concatenate(list(ranks)))
     assert found["NDCG@10"] == best(records)["NDCG@10"]
 
@@ -127,10 +130,10 @@ def test_the_seconds_of_an_epoch_are_those_of_its_steps(small, tmp_path, monkeyp
 
         return wrapped
 
-    monkeypatch.setattr("minirec.train.time.perf_counter", lambda: clock[0])
+    monkeypatch.setattr("minirec.training.fit.time.perf_counter", lambda: clock[0])
     monkeypatch.setattr(Team, "compute_gradients", slow(Team.compute_gradients, 2))
     monkeypatch.setattr(Team, "update", slow(Team.update, 0.5))
-    monkeypatch.setattr("minirec.train.rank_targets", slow(evaluate.rank_targets, 100))
+    monkeypatch.setattr("minirec.training.fit.rank_targets", slow(evaluate.rank_targets, 100))
     stop = stop_after and (lambda: len(steps) >= stop_after)
     train(log, settings, tmp_path / "run", on_step=lambda *_: steps.append(1), stop=stop)
     records, _ = train(log, settings, tmp_path / "run", resume=True)

@@ -8,13 +8,15 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from minirec import backend, model, packing, workers
+from minirec import backend, model, packing
 from minirec.data import log as data
+from minirec.data.split import Seen, leave_one_out, seen_items, training_windows, windows_end_to_end
 from minirec.errors import UserError
 from minirec.optimizer import adam_step
 from minirec.packing import pack
 from minirec.parameters import parameter_count, unflatten
-from minirec.workers import AHEAD, NO_LANE, Memory, Sampling, Team, worker_map
+from minirec.training import parallel as workers
+from minirec.training.parallel import AHEAD, NO_LANE, Memory, Sampling, Team, worker_map
 
 CONFIG = model.Config(n_items=30, hidden_size=8, max_length=10, dropout=0.5)
 
@@ -121,9 +123,9 @@ def sampled_team(loss, n_workers=2):
     sizes = rng.integers(3, 9, 30)
     sequence = rng.integers(500, size=sizes.sum()).astype(np.int32)
     log = data.Log([""] * 30, [""] * 500, np.concatenate([[0], np.cumsum(sizes)]), sequence)
-    split = data.leave_one_out(log)
-    starts, lengths = data.training_windows(log, split, 10)
-    seen = data.seen_items(log, split)
+    split = leave_one_out(log)
+    starts, lengths = training_windows(log, split, 10)
+    seen = seen_items(log, split)
     sampling = Sampling(loss, 20, seen, log.offsets, int((lengths + 1).sum()))
     config = model.Config(n_items=500, hidden_size=8, max_length=10, dropout=0)
     team = Team(config, sequence, np, n_workers, sampling)
@@ -137,7 +139,7 @@ def test_the_small_table_gives_the_gradients_of_the_full_one(loss):
     with team:
         value = float(team.compute_gradients(starts, lengths, (7, 1)))
         table, small = team.lead.table, team.gradients.sum(axis=0)
-        flat, begins = data.windows_end_to_end(sequence, starts, lengths)
+        flat, begins = windows_end_to_end(sequence, starts, lengths)
         negatives = sampling.draw(backend.generator(np, 7, 1, NO_LANE), 500, flat, starts, lengths)
         batch = pack(flat, begins, lengths, negatives=negatives if loss == "bce" else None)
         if loss == "sampled":
@@ -202,7 +204,7 @@ def test_sampled_steps_are_those_of_adam_on_the_touched_rows_alone(loss, n_worke
 
 @pytest.mark.parametrize("loss, n", [("sampled", 5), ("bce", 6)])
 def test_negatives_are_drawn_from_all_items_and_those_of_bce_from_the_unseen_ones(loss, n):
-    seen = data.Seen(np.array([0, 1]), np.array([0]))  # the one user has had item 0 alone
+    seen = Seen(np.array([0, 1]), np.array([0]))  # the one user has had item 0 alone
     sampling = Sampling(loss, 5, seen, np.array([0, 9]), 10)
     starts, lengths, flat = np.array([2, 5]), np.array([1, 3]), np.zeros(6, int)  # two windows of 2 and 4 items
     draws = np.stack([sampling.draw(np.random.default_rng(seed), 7, flat, starts, lengths) for seed in range(200)])
@@ -225,7 +227,7 @@ def test_rows_of_items_that_no_loss_looks_at_keep_parameters_and_moments_to_the_
         for step in range(1, 4):
             batch = np.random.default_rng(step).permutation(len(starts))[:9]
             before = [table.copy() for table in tables]
-            flat, begins = data.windows_end_to_end(sequence, starts[batch], lengths[batch])
+            flat, begins = windows_end_to_end(sequence, starts[batch], lengths[batch])
             stream = backend.generator(np, 7, step, NO_LANE)
             negatives = sampling.draw(stream, 500, flat, starts[batch], lengths[batch])
             used = set(flat) | set(negatives if loss == "sampled" else ())

@@ -17,7 +17,7 @@ EARLIEST, LATEST = 10**8, 10**11  # seconds since 1970, March 1973 and the year 
 
 
 def describe(log, split, no_repeats=False):
-    """Return what is in a data.Log, and in its data.Split, as a dict that JSON can hold.
+    """Return what is in a Log, and in its Split, as a dict that JSON can hold.
 
     no_repeats: whether repeats were dropped from the log, and so would be dropped from its k-cores.
     """
@@ -95,7 +95,7 @@ def _count_twins(keys):
 
 
 def count_unreachable(log, cases):
-    """Count the targets of data.Cases that the user had before: with filter-seen they cannot be hit."""
+    """Count the Targets that the user had before: with filter-seen they cannot be hit."""
     target, stop = np.full(len(log.users), -1), np.zeros(len(log.users), np.int64)
     target[cases.users], stop[cases.users] = log.sequence[cases.stops], cases.stops
     lengths = np.diff(log.offsets)

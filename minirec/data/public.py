@@ -35,9 +35,10 @@ from pathlib import Path
 from types import SimpleNamespace
 from urllib.parse import unquote, urljoin, urlsplit
 
-from minirec import files, runs
+from minirec import files
 from minirec.data.log import MAX_ID_BYTES
 from minirec.errors import UserError
+from minirec.training import runs
 
 CATALOGUE = Path(__file__).with_name("catalogue.json")
 SCHEMES = ("https",)

@@ -23,10 +23,11 @@ from training import LEARNING_RATE, SEED, WARM_UP, aligned, synthetic_log
 
 from minirec import backend
 from minirec.attention import known_weightings
-from minirec.data.log import batches, leave_one_out, read_log, training_windows
+from minirec.data.log import read_log
+from minirec.data.split import batches, leave_one_out, training_windows
 from minirec.errors import UserError
 from minirec.model import Config, init_parameters
-from minirec.workers import Team, usable_cores
+from minirec.training.parallel import Team, usable_cores
 
 
 def steps(xp, log, config, batch_size, n):

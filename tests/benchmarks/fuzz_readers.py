@@ -28,6 +28,7 @@ from test_data import MALFORMED, WELL_FORMED
 
 from minirec.data import log as data
 from minirec.data.describe import describe
+from minirec.data.split import leave_one_out
 from minirec.errors import UserError
 
 try:
@@ -67,7 +68,7 @@ def check(content):
         np.testing.assert_array_equal(mine, others)
     assert len(set(log.users)) == len(log.users) == len(log.offsets) - 1 and log.offsets[-1] == len(log.sequence)
     assert set(log.sequence.tolist()) == set(range(len(log.items))) and len(set(log.items)) == len(log.items)
-    describe(log, data.leave_one_out(log))
+    describe(log, leave_one_out(log))
 
 
 def seeds():

@@ -36,11 +36,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from training import BATCH_SIZE, LEARNING_RATE, SEED, WATCHED, Contender, Problem, aligned, say, synthetic_log
 
-from minirec.data.log import leave_one_out, training_windows
-from minirec.evaluate import chunks
+from minirec.data.split import leave_one_out, training_windows
 from minirec.packing import plan
 from minirec.parameters import INIT_STD, Config, unflatten
-from minirec.workers import Sampling, Team, usable_cores
+from minirec.training.parallel import Sampling, Team, usable_cores
+from minirec.training.ranking import chunks
 
 NEGATIVES = 1024  # K of the sampled loss
 WARM_UP = 3  # steps before the timing

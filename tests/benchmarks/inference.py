@@ -48,12 +48,13 @@ from training import (
 )
 
 from minirec.attention import known_weightings
-from minirec.data.log import leave_one_out, read_log
+from minirec.data.log import read_log
+from minirec.data.split import leave_one_out
 from minirec.decompose import RATIOS, RECENT, block_caches, contribution_norms, mixing_ratios, work_chunks
 from minirec.errors import UserError
-from minirec.evaluate import CASES_AT_A_TIME, chunks, last_representations, metrics, rank_targets, recommend
 from minirec.parameters import Config, init_parameters, sub_dict
-from minirec.workers import usable_cores, worker_map
+from minirec.training.parallel import usable_cores, worker_map
+from minirec.training.ranking import CASES_AT_A_TIME, chunks, last_representations, metrics, rank_targets, recommend
 
 N_ITEMS = 12_101  # of Beauty (Amazon, 5-core)
 LENGTHS = (50, 200)

@@ -26,8 +26,9 @@ import click
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from minirec import files, runs
+from minirec import files
 from minirec.data.planted import household
+from minirec.training import runs
 
 ROOT = Path(__file__).resolve().parents[2]
 N_USERS = 120  # of the planted dataset: an epoch then takes some 50 ms, and much of a run is writing

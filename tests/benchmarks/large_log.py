@@ -29,8 +29,8 @@ from training import allocated_mb
 
 from minirec import model
 from minirec.data.log import read_log
-from minirec.train import train
-from minirec.workers import usable_cores
+from minirec.training.fit import train
+from minirec.training.parallel import usable_cores
 
 CLI = Path(__file__).resolve().parents[2] / "cli.py"
 N_USERS, N_ITEMS = 500_000, 200_000

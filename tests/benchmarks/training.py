@@ -32,10 +32,11 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from minirec.data.log import Log, batches, leave_one_out, read_log, training_windows
+from minirec.data.log import Log, read_log
+from minirec.data.split import batches, leave_one_out, training_windows
 from minirec.errors import UserError
 from minirec.model import Config, init_parameters
-from minirec.workers import Team, usable_cores
+from minirec.training.parallel import Team, usable_cores
 
 BATCH_SIZE, LEARNING_RATE, SEED = 128, 1e-3, 0
 TOLERANCE = 1e-10  # of the check, relative, in float64

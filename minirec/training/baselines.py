@@ -12,9 +12,9 @@ Symbols: n interactions, V items, P distinct transitions, M cases, c cases in a 
 
 import numpy as np
 
-from minirec.data.log import distinct
-from minirec.evaluate import MISS
+from minirec.data.split import distinct
 from minirec.packing import spans
+from minirec.training.ranking import MISS
 
 BASELINES = ("popularity", "transitions")
 PLACES_AT_A_TIME = 1 << 17  # entries of histories and of transitions in a chunk of cases: they bound the memory
@@ -23,8 +23,8 @@ PLACES_AT_A_TIME = 1 << 17  # entries of histories and of transitions in a chunk
 def rank_baselines(log, split, cases, filter_seen=True):
     """Rank each case's target among all items by each of BASELINES.
 
-    log: data.Log; split: its data.Split, whose training part is counted; cases: data.Cases; filter_seen: whether the
-    items of the user's history are no candidates. Returns {baseline: [M] ranks}, as from evaluate.rank_targets.
+    log: data.Log; split: its Split, whose training part is counted; cases: Targets; filter_seen: whether the items of
+    the user's history are no candidates. Returns {baseline: [M] ranks}, as from ranking.rank_targets.
     """
     sequence, n_items = log.sequence, len(log.items)
     edges = np.zeros(len(sequence) + 1, np.int8)  # where a user's training part begins, and where it ends

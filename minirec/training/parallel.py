@@ -32,7 +32,7 @@ import numpy as np
 from threadpoolctl import threadpool_limits
 
 from minirec.backend import generator, get_array_module, to_device, to_host
-from minirec.data.log import Seen, unseen_negatives, windows_end_to_end
+from minirec.data.split import Seen, unseen_negatives, windows_end_to_end
 from minirec.errors import UserError
 from minirec.model import add_gradients
 from minirec.optimizer import adam_step

@@ -87,7 +87,7 @@ def chunks(n, size):
 def rank_targets(parameters, config, sequence, cases, filter_seen=True, run=map):
     """Rank each case's target among all items, without sorting the catalogue.
 
-    sequence: the log's flat items; cases: data.Cases; run: a workers.worker_map.
+    sequence: the log's flat items; cases: Targets; run: a parallel.worker_map.
     Yields the ranks chunk by chunk, as arrays on the host, in order: 0 = best, MISS = no candidate.
     """
     xp = get_array_module(parameters["item_embedding"])

@@ -1,8 +1,8 @@
-"""The HTML page of a run or a study: what it shows, gathered as one dict, and put into report.html.
+"""The HTML page of a run or a study: what it shows, gathered as one dict, and put into page.html.
 
 Nothing is computed here that another module does not compute: rankings are evaluate's, norms and ratios
 decompose's, statistics and sentences the study's. The page is one file that loads nothing. Names from a
-log are data in it and never markup: they lie in a JSON block with <, > and & escaped, and report.html
+log are data in it and never markup: they lie in a JSON block with <, > and & escaped, and page.html
 shows them as text.
 
 Symbols: H heads, L positions, n keys of a row.
@@ -20,9 +20,9 @@ from pathlib import Path
 
 import numpy as np
 
-from minirec import files, runs
+from minirec import files
 from minirec.attention import FIXED
-from minirec.data.log import Cases
+from minirec.data.split import Targets
 from minirec.decompose import (
     RATIOS,
     RECENT,
@@ -35,12 +35,13 @@ from minirec.decompose import (
     work_chunks,
 )
 from minirec.errors import UserError
-from minirec.evaluate import MISS, metrics, rank_targets, recommend
 from minirec.parameters import sub_dict
-from minirec.statistics import METRICS, MIXES_ABOVE, mean_g, published, regime
-from minirec.study import COMPARED, describe_mixing, verdict
-from minirec.train import best, finished
-from minirec.workers import usable_cores, worker_map
+from minirec.studies.grid import COMPARED, describe_mixing, verdict
+from minirec.studies.statistics import METRICS, MIXES_ABOVE, mean_g, published, regime
+from minirec.training import runs
+from minirec.training.fit import best, finished
+from minirec.training.parallel import usable_cores, worker_map
+from minirec.training.ranking import MISS, metrics, rank_targets, recommend
 
 USERS = 50  # to pick from; fewer where histories are long
 ROOM = 2_400_000  # characters for all rows of weights and norms: it bounds the page
@@ -55,7 +56,7 @@ LEVELS = len(LETTERS) ** 2 - 1
 
 def page(found):
     """Return the page, as UTF-8, that shows what describe_run or describe_study found."""
-    template = resources.files("minirec").joinpath("report.html").read_text("utf-8")
+    template = resources.files("minirec.report").joinpath("page.html").read_text("utf-8")
     script = template.split("<script>")[1].split("</script>")[0]
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     before, after = template.replace("SCRIPT-HASH", f"sha256-{digest}").split("DATA-HERE")
@@ -98,7 +99,7 @@ def row(values):
 
 
 def mixing(found):
-    """Return what the pages show of how much a model mixes; found: as from study.describe_mixing."""
+    """Return what the pages show of how much a model mixes; found: as from grid.describe_mixing."""
 
     def values(summary):
         return {
@@ -218,7 +219,7 @@ def explorer(parameters, configs, log, test, run=map, progress=lambda n: None, f
         for s in sample
         for stop in range(test.stops[s], max(test.starts[s], test.stops[s] - n_positions), -1)
     ]
-    cases = Cases(*map(np.array, zip(*cases, strict=True)))
+    cases = Targets(*map(np.array, zip(*cases, strict=True)))
     histories = [log.sequence[a:b] for a, b in zip(cases.starts, cases.stops, strict=True)]
     rows = explain(parameters, trained, log.sequence, cases, run)
     progress(1)
@@ -255,7 +256,7 @@ def explorer(parameters, configs, log, test, run=map, progress=lambda n: None, f
 
 
 def top_items(parameters, config, histories, run=map, filter_seen=True):
-    """Return the LOOKED_UP best items for each history, a list each, best first (see evaluate.recommend)."""
+    """Return the LOOKED_UP best items for each history, a list each, best first (see ranking.recommend)."""
     return [
         [int(item) for item, score in zip(items, scores, strict=True) if score > -np.inf]
         for chunk in recommend(parameters, config, histories, LOOKED_UP, run, filter_seen)
@@ -330,7 +331,7 @@ def describe_study(folder):
 
 
 def describe_result(name, result):
-    """Return what the page shows of one dataset's results (see study.describe_dataset)."""
+    """Return what the page shows of one dataset's results (see grid.describe_dataset)."""
     n, unreachable = len(result["seeds"]), result["unreachable"]
     at_most = [attn for attn, epochs in result["epochs"].items() if max(epochs) >= result["epochs_at_most"]]
     facts = {

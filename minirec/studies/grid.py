@@ -25,16 +25,17 @@ from typing import NamedTuple
 
 import numpy as np
 
-from minirec import backend, files, runs
-from minirec.baselines import rank_baselines
-from minirec.data.log import Cases
+from minirec import backend, files
+from minirec.data.split import Targets
 from minirec.decompose import RATIOS, decompose, summarise
 from minirec.errors import UserError
-from minirec.evaluate import MISS, metrics, rank_targets, user_values
 from minirec.packing import spans
-from minirec.statistics import JUDGED_BY, METRICS, compare, doubts, judge, mean_g, regime
-from minirec.train import best, finished, train
-from minirec.workers import PROCESSES, die_with_parent, worker_map
+from minirec.studies.statistics import JUDGED_BY, METRICS, compare, doubts, judge, mean_g, regime
+from minirec.training import runs
+from minirec.training.baselines import rank_baselines
+from minirec.training.fit import best, finished, train
+from minirec.training.parallel import PROCESSES, die_with_parent, worker_map
+from minirec.training.ranking import MISS, metrics, rank_targets, user_values
 
 COMPARED = {"weighting": ("softmax", "uniform"), "integration": ("uniform", "identity")}
 DENSE = 0.02  # share of all user-item pairs; such logs take a dropout of 0.2, sparser ones of 0.5, as in the paper
@@ -143,7 +144,7 @@ def analyse(log, settings, folder, stop=None):
             if stop and stop():
                 return False
             ranks[name] = np.concatenate(list(rank_targets(parameters, put_in, sequence, test, filter_seen, run)))
-        few, seconds = Cases(*(column[:TIMED] for column in test)), []
+        few, seconds = Targets(*(column[:TIMED] for column in test)), []
         for _ in range(3):
             began = time.perf_counter()
             list(rank_targets(parameters, config, log.sequence, few, filter_seen, run))

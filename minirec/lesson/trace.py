@@ -20,7 +20,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from minirec import attention, decompose, gradcheck, loss, model, ops, packing
+from minirec import attention, decompose, loss, model, ops, packing
+from minirec.lesson import gradcheck
 from minirec.parameters import sub_dict
 
 SEQUENCES = [np.array(s) for s in ([3, 1, 4, 1, 5], [2, 0, 3], [5, 2, 0, 4])]  # the first is printed

@@ -14,7 +14,7 @@ import numpy as np
 from minirec.attention import known_weightings
 from minirec.decompose import RATIOS
 from minirec.files import replace
-from minirec.statistics import JUDGED_BY, MIXES_ABOVE, mean_g, published
+from minirec.studies.statistics import JUDGED_BY, MIXES_ABOVE, mean_g, published
 
 LINES = ("-", "--", ":", "-.")  # of the weightings, in turn; those after the first one are grey
 RATIO_STYLES = dict(
@@ -95,8 +95,8 @@ def draw_heatmaps(blocks, path, title=None):
 def study_pictures(results, everything, curves, folder):
     """Draw all pictures of a study into a folder; return their paths.
 
-    results: {dataset: as from study.describe_dataset}; everything: the same, with the datasets that were studied
-    in this folder before; curves: as from study.learning_curves.
+    results: {dataset: as from grid.describe_dataset}; everything: the same, with the datasets that were studied
+    in this folder before; curves: as from grid.learning_curves.
     """
     paths = [folder / "rq3.png"]
     rq3_plane(everything, paths[0])

@@ -24,7 +24,7 @@ import numpy as np
 
 from minirec.backend import BACKENDS
 from minirec.data import log as data
-from minirec.data import planted
+from minirec.data import planted, split
 from minirec.errors import UserError
 from minirec.files import (
     check_regular,
@@ -147,7 +147,7 @@ def load_log(source, progress=None, to_split=True):
 def split_log(log, settings):
     """Return the Split of a run's log. Raises UserError, naming the log, where it cannot be split so."""
     try:
-        return data.SPLITS[settings["data"]["split"]](log)
+        return split.SPLITS[settings["data"]["split"]](log)
     except UserError as error:
         raise UserError(f"{settings['data']['path']}: {error}") from None
 
@@ -179,7 +179,7 @@ SETTINGS = {  # what config.json must hold; a rule says whether a value will do
         "sha256": _text,
         "format": lambda x: x is None or x in data.FORMATS,
         "columns": lambda x: x is None or isinstance(x, list) and all(map(_text, x)),
-        "split": lambda x: x in data.SPLITS,
+        "split": lambda x: x in split.SPLITS,
         "k_core": _number(1, LARGEST),
         "drop_repeats": lambda x: isinstance(x, bool),
     },

@@ -12,13 +12,14 @@ from contextlib import nullcontext
 
 import numpy as np
 
-from minirec import backend, files, runs
-from minirec.data.log import Cases, batches, seen_items, training_windows
+from minirec import backend, files
+from minirec.data.split import Targets, batches, seen_items, training_windows
 from minirec.errors import UserError
-from minirec.evaluate import metrics, rank_targets
 from minirec.parameters import init_parameters, parameter_count, unflatten
-from minirec.runs import SELECTED_BY
-from minirec.workers import Memory, Sampling, Team, worker_map
+from minirec.training import runs
+from minirec.training.parallel import Memory, Sampling, Team, worker_map
+from minirec.training.ranking import metrics, rank_targets
+from minirec.training.runs import SELECTED_BY
 
 
 def train(log, settings, folder, resume=False, on_step=None, on_epoch=None, stop=None, ranks=None):
@@ -28,7 +29,7 @@ def train(log, settings, folder, resume=False, on_step=None, on_epoch=None, stop
     resume: go on from its state.npz, where it has one. on_step(epoch, i, n_steps, loss) is called
     after each step, its loss a 0-d array on the device; on_epoch(record) after each epoch, with the
     line of metrics.jsonl; stop() is asked after each step and ends training there when true. ranks: the
-    workers.Ranks that train together, of which the first one writes; on_step's loss is then an estimate from
+    parallel.Ranks that train together, of which the first one writes; on_step's loss is then an estimate from
     this rank's share, and stop, where it is given, must end all ranks at the same step.
     Returns the records of all epochs and whether training came to its end (False: it was stopped).
     Raises UserError for a log without training data, a folder that cannot be used, a loss that is
@@ -158,7 +159,7 @@ class Progress:
         self.seconds += time.perf_counter() - began
         self.check_finite(losses)
         parameters, ranks = unflatten(self.team.parameters, self.config), self.team.ranks
-        share = Cases(*(column[ranks.rank :: ranks.size] for column in valid))
+        share = Targets(*(column[ranks.rank :: ranks.size] for column in valid))
         filter_seen = self.training["filter_seen"]
         with worker_map(self.training["workers"], self.team.xp) as run_map:
             own = list(rank_targets(parameters, self.config, sequence, share, filter_seen, run_map))

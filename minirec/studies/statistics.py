@@ -29,7 +29,7 @@ FEWEST_SEEDS, FEWEST_USERS = 3, 30  # fewer never make a regime confident; users
 
 def published():
     """Return what the authors published for 14 datasets, with its source (see published.json)."""
-    return json.loads(resources.files("minirec").joinpath("published.json").read_text("utf-8"))
+    return json.loads(resources.files("minirec.studies").joinpath("published.json").read_text("utf-8"))
 
 
 def hedges_g(a, b):

@@ -1,0 +1,1 @@
+"""The lesson: gradients checked, one step traced."""

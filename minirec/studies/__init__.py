@@ -1,0 +1,1 @@
+"""Studies: datasets x weightings x seeds, their statistics and figures."""

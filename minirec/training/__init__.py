@@ -1,0 +1,1 @@
+"""Training, ranking and what surrounds them: run folders, baselines, processes."""
