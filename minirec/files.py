@@ -6,6 +6,7 @@ refused, and sizes are looked at before anything of that size is made.
 """
 
 import contextlib
+import hashlib
 import itertools
 import json
 import math
@@ -222,6 +223,20 @@ def read_arrays(path):
 
 
 # Folders
+
+
+def fingerprint(path, hint=""):
+    """Return the SHA-256 of a file that a person named; hint: what is added where it cannot be read."""
+    digest = hashlib.sha256()
+    try:
+        if os.path.exists(path) and not os.path.isfile(path):
+            raise UserError(f"{path}: not a regular file; save it as one")
+        with open(path, "rb") as file:
+            while chunk := file.read(1 << 20):
+                digest.update(chunk)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror or error}){hint}") from None
+    return digest.hexdigest()
 
 
 def make_folder(folder):

@@ -7,7 +7,7 @@ import sys
 
 import numpy as np
 import pytest
-from conftest import ROOT, assert_gradient
+from helpers import ROOT, assert_gradient
 
 from minirec.attention import FIXED, attention, attention_backward, fixed_weights, known_weightings
 from minirec.lesson.gradcheck import central_differences

@@ -4,7 +4,7 @@ import dataclasses
 
 import numpy as np
 import pytest
-from conftest import counted_by_hand, log_of
+from helpers import counted_by_hand, log_of
 
 from minirec.data import log as data
 from minirec.data.split import SPLITS, distinct, leave_one_out

@@ -17,9 +17,9 @@ from types import SimpleNamespace
 
 import pytest
 from click.testing import CliRunner
-from conftest import ROOT, real_log, run_cli
+from helpers import ROOT, real_log, run_cli
 
-import cli
+from minirec.cli import main
 from minirec.data import log as data
 from minirec.data import public as catalogue
 from minirec.data.public import Entry, convert, fetch, read_catalogue, read_literal
@@ -632,11 +632,11 @@ def test_the_catalogue_names_no_path(name):
 
 
 def invoke(*arguments):
-    return CliRunner().invoke(cli.main, ["data", "fetch", *map(str, arguments)])
+    return CliRunner().invoke(main, ["fetch", *map(str, arguments)])
 
 
 def test_the_command_lists_suggests_and_instructs(tmp_path):
-    listed = run_cli("data", "fetch", cwd=tmp_path).stdout
+    listed = run_cli("fetch", cwd=tmp_path).stdout
     assert len(listed.splitlines()) == 1 + len(read_catalogue(catalogue.CATALOGUE)) and "1,000,209" in listed
     result = invoke("ml1m")
     assert result.exit_code == 1 and "did you mean ml-1m?" in result.output
@@ -649,7 +649,7 @@ def test_the_command_fetches_counts_and_names_the_next(serve, tmp_path, monkeypa
     entry = entry_of(GOOD, serve(cut(), whole()).url)
     counts = {"users": 40, "items": 50, "interactions": 2000, "from": "us"}
     entry = replace(entry, counts=counts | {"items": 51}, k_core=counts | {"k": 5})
-    monkeypatch.setattr(cli.cataloguing, "read_catalogue", lambda path: {"ml": entry})
+    monkeypatch.setattr(catalogue, "read_catalogue", lambda path: {"ml": entry})
     result = invoke("ml", "--out", tmp_path / "in")
     assert result.exit_code == 0, result.output
     assert "40 users, 50 items, 2,000 interactions; NOT the published 40 users, 51 items" in result.output
@@ -660,7 +660,7 @@ def test_the_command_fetches_counts_and_names_the_next(serve, tmp_path, monkeypa
 
 def test_the_command_tells_a_hostile_server_in_one_line(serve, tmp_path, monkeypatch):
     entry = entry_of(GOOD, serve(lambda handler: handler.wfile.write(b"HTTP/1.1 404 \x1b[2J\x07evil\r\n\r\n")).url)
-    monkeypatch.setattr(cli.cataloguing, "read_catalogue", lambda path: {"ml": entry})
+    monkeypatch.setattr(catalogue, "read_catalogue", lambda path: {"ml": entry})
     result = invoke("ml", "--out", tmp_path / "in")
     assert result.exit_code == 1 and "\x1b" not in result.output and result.output.count("\n") == 2
     assert result.output.splitlines()[1].startswith("Error: http://127.0.0.1")

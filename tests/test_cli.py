@@ -1,7 +1,6 @@
 """The command line as a person or a script meets it: outputs, contracts, and one line for every mistake."""
 
 import csv
-import importlib
 import json
 import os
 import re
@@ -15,9 +14,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from click.testing import CliRunner
-from conftest import ROOT, last_json, run_cli
+from helpers import ROOT, last_json, run_cli
 
 from minirec import files, packing
+from minirec.cli import main
 from minirec.decompose import RATIOS, contributions, decompose
 from minirec.model import encode
 from minirec.training import runs
@@ -41,8 +41,6 @@ def test_without_a_command_the_way_is_shown_in_three_lines(tmp_path):
 
 
 def test_every_command_says_what_it_is_for_in_a_line_and_gives_an_example(monkeypatch):
-    monkeypatch.syspath_prepend(ROOT)
-    main = importlib.import_module("cli").main
     overview = CliRunner().invoke(main, ["--help"]).output
     assert "..." not in overview.split("Commands:")[1], "a first sentence is cut off"
     for name in main.commands:
@@ -67,7 +65,6 @@ def test_train_json_holds_the_test_metrics_and_nothing_else_is_on_stdout(tmp_pat
 
 
 def test_train_counts_the_users_that_the_temporal_split_trains_on_validates_and_tests(tmp_path, monkeypatch):
-    monkeypatch.syspath_prepend(ROOT)
     monkeypatch.chdir(tmp_path)
     spans = {
         "a": range(0, 30),
@@ -80,14 +77,13 @@ def test_train_counts_the_users_that_the_temporal_split_trains_on_validates_and_
     rows = [f"{user},{user}{t % 7},{t}" for user, times in spans.items() for t in times]
     (tmp_path / "log.csv").write_text("\n".join(["user,item,time", *rows]))
     arguments = ["train", "--data", "log.csv", "--split", "temporal", "--epochs", "1"]
-    words = CliRunner().invoke(importlib.import_module("cli").main, arguments).stderr
+    words = CliRunner().invoke(main, arguments).stderr
     assert "of the users, 3 are trained on, 1 have a validation target, 2 a test target" in words
     assert "training only" not in words
 
 
 @pytest.mark.parametrize("epoch, status", [(1, 130), (2, 0)])
 def test_ctrl_c_in_the_last_epoch_leaves_only_the_test_in_an_earlier_one_the_rest(tmp_path, monkeypatch, epoch, status):
-    monkeypatch.syspath_prepend(ROOT)
     monkeypatch.chdir(tmp_path)
     log_file(tmp_path)
     close_epoch = Progress.close_epoch
@@ -99,7 +95,7 @@ def test_ctrl_c_in_the_last_epoch_leaves_only_the_test_in_an_earlier_one_the_res
 
     monkeypatch.setattr(Progress, "close_epoch", interrupted)
     arguments = ["train", "--data", "log.txt", "--epochs", "2", "--out", "run"]
-    result = CliRunner().invoke(importlib.import_module("cli").main, arguments)
+    result = CliRunner().invoke(main, arguments)
     assert result.exit_code == status
     assert ("go on with: python cli.py train --resume" in result.stderr) == (epoch == 1)
     assert ("come to its end; only the test is left" in result.stderr) == ("@10" in result.stdout) == (epoch == 2)
@@ -107,7 +103,11 @@ def test_ctrl_c_in_the_last_epoch_leaves_only_the_test_in_an_earlier_one_the_res
 
 @pytest.mark.parametrize(
     "command",
-    [("train", "--data", "log.csv", "--epochs", 1), ("study", "--data", "log.csv", "--epochs", 1), ("data", "log.csv")],
+    [
+        ("train", "--data", "log.csv", "--epochs", 1),
+        ("study", "--data", "log.csv", "--epochs", 1),
+        ("describe", "log.csv"),
+    ],
 )
 def test_a_table_without_times_is_remarked_on(tmp_path, command):
     rows = [f"u{u},i{(u + i) % 5},{i}" for u in range(4) for i in range(4)]
@@ -211,9 +211,6 @@ def test_recommend_for_everyone(trained, tmp_path):
 
 def invoke(*arguments):
     """Run a command in this process; return what click tells of it."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(ROOT)
-        main = importlib.import_module("cli").main
     result = CliRunner().invoke(main, [str(argument) for argument in arguments])
     assert result.exit_code == 0, result.output
     return result
@@ -414,22 +411,13 @@ def test_one_users_recommendations_are_the_best_unseen_items_and_no_others(ragge
     assert ("nothing to recommend" in result.stderr) == (user == 32)
 
 
-def test_data_describes_a_file_wherever_it_stands(tmp_path):
-    log_file(tmp_path).rename(tmp_path / "fetch")
-    for arguments in (("./fetch", "--json"), ("--json", "./fetch"), ("--split", "leave-one-out", "./fetch", "--json")):
-        assert last_json(run_cli("data", *arguments, cwd=tmp_path))["users"] == 4
-    process = run_cli("data", "./fetch", "--help", cwd=tmp_path)
-    assert process.returncode == 0 and "--columns" in process.stdout
-    assert "data ratings.csv" in run_cli("data", "--help", cwd=tmp_path).stdout
-
-
 def test_a_description_fits_a_screen_and_names_the_next_command(tmp_path):
     log_file(tmp_path, "who,what,when\n" + "".join(f"u{i % 7},i{i % 5},2014-05-{10 + i % 21}\n" for i in range(100)))
-    process = run_cli("data", "log.txt", "--columns", "who,what,when", "--k-core", 2, cwd=tmp_path)
+    process = run_cli("describe", "log.txt", "--columns", "who,what,when", "--k-core", 2, cwd=tmp_path)
     assert process.returncode == 0 and len(process.stdout.splitlines()) < 30, process.stderr
     assert "7 users, 5 items, 100 interactions" in process.stdout and "2014-05-30 00:00:00" in process.stdout
     assert process.stderr == "next: python cli.py study --data log.txt --columns who,what,when --k-core 2\n"
-    process = run_cli("data", "household", cwd=tmp_path)
+    process = run_cli("describe", "household", cwd=tmp_path)
     assert process.stderr == "next: python cli.py study --data household\n"
 
 
@@ -449,16 +437,20 @@ def run_with_names_in_many_scripts(tmp_path_factory):
 def test_what_a_console_cannot_show_is_escaped_and_stops_no_command(
     run_with_names_in_many_scripts, monkeypatch, encoding, coffee
 ):
-    monkeypatch.syspath_prepend(ROOT)
     monkeypatch.chdir(run_with_names_in_many_scripts)
-    main = importlib.import_module("cli").main
 
     def printed(*arguments, status=0):
         result = CliRunner(charset=encoding).invoke(main, arguments)
         assert result.exit_code == status and not isinstance(result.exception, UnicodeError)
         return (result.stdout_bytes + (result.stderr_bytes or b"")).decode(encoding)  # strictly
 
-    for arguments in (("data", "log.csv"), ("trace",), ("evaluate", "run"), ("decompose", "run"), ("report", "run")):
+    for arguments in (
+        ("describe", "log.csv"),
+        ("trace",),
+        ("evaluate", "run"),
+        ("decompose", "run"),
+        ("report", "run"),
+    ):
         assert printed(*arguments)
     japanese = "日本" if encoding == "utf-8" else "\\u65e5\\u672c"
     shown = printed("recommend", "run", "--explain")
@@ -472,7 +464,7 @@ def test_a_description_holds_in_each_line_the_numbers_of_json(tmp_path):
     rows = [(rng.geometric(0.03), rng.geometric(0.1), 1_400_000_000 + 600 * rng.integers(300)) for _ in range(2000)]
     rows += [(user, item, time + extra) for user, item, time in rows[:40] for extra in (0, 1)]
     log_file(tmp_path, "user,item,time\n" + "".join(f"u{u},i{i},{t}\n" for u, i, t in rows))
-    command = ("data", tmp_path / "log.txt", "--split", "temporal")
+    command = ("describe", tmp_path / "log.txt", "--split", "temporal")
     found, lines = json.loads(invoke(*command, "--json").stdout), invoke(*command).stdout.splitlines()
 
     def size(part):
@@ -521,23 +513,21 @@ def test_a_description_holds_in_each_line_the_numbers_of_json(tmp_path):
 
 def test_a_description_says_what_a_log_lacks(tmp_path):
     log_file(tmp_path, "user,item,time\n" + "".join(f"u{n % 3},i{n},{n}\n" for n in range(12)))
-    lines = invoke("data", tmp_path / "log.txt").stdout.splitlines()
+    lines = invoke("describe", tmp_path / "log.txt").stdout.splitlines()
     (times,) = (line for line in lines if line.startswith("time"))
     assert times.split(maxsplit=1)[1] == "0 to 11: numbers that are no dates; the file was in order within each user"
     lacks = ["of an item", "directly after", "at the same time", "again of the same", "of the test targets"]
     assert all(any(line[15:].startswith(f"none {words}") for line in lines) for words in lacks)
     assert not any("never hit" in line for line in lines)
     log_file(tmp_path)
-    assert "time           no timestamps: each user's" in invoke("data", tmp_path / "log.txt").stdout
+    assert "time           no timestamps: each user's" in invoke("describe", tmp_path / "log.txt").stdout
 
 
 def test_data_sends_nobody_to_a_study_that_refuses_the_log(tmp_path, monkeypatch):
-    monkeypatch.syspath_prepend(ROOT)
     monkeypatch.chdir(tmp_path)
     log_file(tmp_path, "u1 a b c\nu2 b c a\nu3 c a b\n")
-    main = importlib.import_module("cli").main
     described, studied = (
-        CliRunner().invoke(main, words) for words in (["data", "log.txt"], ["study", "--data", "log.txt"])
+        CliRunner().invoke(main, words) for words in (["describe", "log.txt"], ["study", "--data", "log.txt"])
     )
     assert "0 users to train on, 3 users for validation, 3 users for the test" in described.stdout
     assert "too small to study: no user to train on" in described.stderr and "next" not in described.stderr
@@ -628,9 +618,9 @@ MISTAKES = {
     "missing log": (["train", "--data", "nowhere.txt"], 1, "nowhere.txt"),
     "misspelt dataset": (["train", "--data", "chian"], 1, "did you mean chain?"),
     "nothing to resume": (["train", "--resume", "--out", "nowhere"], 1, "no run to go on with"),
-    "nothing to describe": (["data", "--json"], 2, "Missing argument 'FILE'"),
-    "missing log to describe": (["data", "nowhere.txt"], 1, "nowhere.txt"),
-    "unknown option of data": (["data", "log.txt", "--colour"], 2, "--colour"),
+    "nothing to describe": (["describe", "--json"], 2, "Missing argument 'FILE'"),
+    "missing log to describe": (["describe", "nowhere.txt"], 1, "nowhere.txt"),
+    "unknown option of describe": (["describe", "log.txt", "--colour"], 2, "--colour"),
     "missing run": (["evaluate", "nowhere"], 1, "not a run folder"),
     "folder without a run": (["decompose", "."], 1, "not a run folder"),
     "heads": (["train", "--heads", 3], 2, "3 heads do not divide"),
@@ -762,8 +752,6 @@ def test_out_of_memory_names_a_batch_size_to_try(tmp_path, monkeypatch):
     def fail(*_):
         raise MemoryError
 
-    monkeypatch.syspath_prepend(ROOT)
-    cli = importlib.import_module("cli")
-    monkeypatch.setattr(cli, "train_model", fail)
-    result = CliRunner().invoke(cli.main, ["train", "--batch-size", "96", "--out", str(tmp_path / "run")])
+    monkeypatch.setattr("minirec.cli.train.train_model", fail)
+    result = CliRunner().invoke(main, ["train", "--batch-size", "96", "--out", str(tmp_path / "run")])
     assert result.exit_code == 1 and "start a new run with --batch-size 48" in result.output

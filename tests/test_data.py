@@ -3,7 +3,6 @@
 import bz2
 import csv
 import gzip
-import importlib
 import io
 import lzma
 import math
@@ -20,10 +19,11 @@ from unittest.mock import patch
 import numpy as np
 import pytest
 from click.testing import CliRunner
-from conftest import ROOT, log_of, real_log, run_cli
+from helpers import log_of, real_log, run_cli
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
+from minirec.cli import main
 from minirec.data import log as data
 from minirec.data import planted
 from minirec.data.split import (
@@ -356,18 +356,11 @@ def test_the_corpus_is_large():
     assert len(MALFORMED) > 150
 
 
-@pytest.fixture(scope="module")
-def cli():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(ROOT)
-        yield importlib.import_module("cli").main
-
-
 @pytest.mark.parametrize("content, message", MALFORMED.values(), ids=MALFORMED)
-def test_malformed_logs_are_refused_naming_file_and_line(tmp_path, cli, content, message):
+def test_malformed_logs_are_refused_naming_file_and_line(tmp_path, content, message):
     path = tmp_path / "bad.log"
     path.write_bytes(content)
-    result = CliRunner().invoke(cli, ["data", str(path)])
+    result = CliRunner().invoke(main, ["describe", str(path)])
     assert result.exit_code == 1 and isinstance(result.exception, SystemExit), result.exception
     assert result.stdout == "" and len(result.stderr.splitlines()) == 1 and result.stderr.isprintable() <= 1
     assert re.match(f"Error: {re.escape(str(path))}(:|,) ?.*{message}", result.stderr), result.stderr
@@ -375,7 +368,9 @@ def test_malformed_logs_are_refused_naming_file_and_line(tmp_path, cli, content,
 
 
 @pytest.mark.parametrize("name", ["U+0000", "JSON"])
-@pytest.mark.parametrize("command", [["data"], ["train", "--data"], ["study", "--data"]], ids=lambda words: words[0])
+@pytest.mark.parametrize(
+    "command", [["describe"], ["train", "--data"], ["study", "--data"]], ids=lambda words: words[0]
+)
 def test_every_command_that_reads_a_log_refuses_it_alike(tmp_path, command, name):
     (tmp_path / "bad.log").write_bytes(MALFORMED[name][0])
     process = run_cli(*command, "bad.log", cwd=tmp_path)

@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from conftest import log_of, real_log
+from helpers import log_of, real_log
 from hypothesis import given, settings
 from hypothesis import strategies as st
 

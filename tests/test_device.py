@@ -14,7 +14,7 @@ from minirec.data.split import Targets, leave_one_out, seen_items, training_wind
 from minirec.errors import UserError
 from minirec.lesson import gradcheck
 from minirec.loss import LOSSES
-from minirec.training import ranking as evaluate
+from minirec.training import ranking
 from minirec.training.parallel import Sampling, Team
 
 MOST_LAUNCHES = 600  # of a step with two blocks
@@ -86,12 +86,12 @@ def test_ranking_and_decomposing_do_what_they_do_on_numpy(cupy):
     device = {name: backend.to_device(value, cupy) for name, value in parameters.items()}
     test = Targets(*(x[:60] for x in leave_one_out(log).test))
     ours, theirs = (
-        np.concatenate(list(evaluate.rank_targets(p, config, log.sequence, test))) for p in (device, parameters)
+        np.concatenate(list(ranking.rank_targets(p, config, log.sequence, test))) for p in (device, parameters)
     )
     np.testing.assert_array_equal(ours, theirs)
     histories = [log.sequence[a:b] for a, b in zip(test.starts, test.stops, strict=True)]
     (items, scores), (expected_items, expected) = (
-        next(iter(evaluate.recommend(p, config, histories, 5))) for p in (device, parameters)
+        next(iter(ranking.recommend(p, config, histories, 5))) for p in (device, parameters)
     )
     np.testing.assert_array_equal(items, expected_items)
     np.testing.assert_allclose(scores, expected, rtol=1e-5)

@@ -12,7 +12,7 @@ from minirec import model, packing
 from minirec.data.planted import household
 from minirec.data.split import Targets, leave_one_out
 from minirec.errors import UserError
-from minirec.training import ranking as evaluate
+from minirec.training import ranking
 from minirec.training.parallel import worker_map
 
 CONFIG = model.Config(n_items=200, hidden_size=8, max_length=10)
@@ -31,7 +31,7 @@ def parameters():
 
 def ranks_of(parameters, log, part="test", config=CONFIG, **options):
     wanted = getattr(leave_one_out(log), part)
-    return np.concatenate(list(evaluate.rank_targets(parameters, config, log.sequence, wanted, **options)))
+    return np.concatenate(list(ranking.rank_targets(parameters, config, log.sequence, wanted, **options)))
 
 
 @pytest.mark.parametrize("part, back", [("test", 1), ("valid", 2)])
@@ -47,7 +47,7 @@ def test_ranks_equal_those_of_a_sort(log, parameters, part, back, filter_seen):
         if target in candidates:
             assert found[user] == np.flatnonzero(candidates == target)[0]
         else:
-            assert found[user] == evaluate.MISS
+            assert found[user] == ranking.MISS
 
 
 def plain_scores(parameters, history):
@@ -59,7 +59,7 @@ def plain_scores(parameters, history):
 @pytest.fixture
 def small_chunks(monkeypatch):
     """Rank 33 cases at a time, in chunks of 16, 16 and 1; recommend to 16 users at a time; encode a few together."""
-    monkeypatch.setattr(evaluate, "CASES_AT_A_TIME", 33)
+    monkeypatch.setattr(ranking, "CASES_AT_A_TIME", 33)
     monkeypatch.setattr(packing, "CPU_PLAN", packing.CPU_PLAN._replace(loss_bytes=1, micro_batch_tokens=30))
     assert packing.chunk_rows(np, CONFIG.n_items, 8) == 16
 
@@ -73,11 +73,11 @@ def test_ranks_do_not_depend_on_the_chunks(log, parameters, small_chunks, n, fil
         scores = plain_scores(parameters, history)
         if filter_seen:
             scores[history] = -np.inf
-        expected.append(evaluate.MISS if np.isneginf(scores[target]) else (scores > scores[target]).sum())
+        expected.append(ranking.MISS if np.isneginf(scores[target]) else (scores > scores[target]).sum())
     cases = Targets(*(column[:n] for column in leave_one_out(log).test))
     for n_workers in (1, 3):
         with worker_map(n_workers, np) as run:
-            ranks = evaluate.rank_targets(parameters, CONFIG, log.sequence, cases, filter_seen, run)
+            ranks = ranking.rank_targets(parameters, CONFIG, log.sequence, cases, filter_seen, run)
             np.testing.assert_array_equal(np.concatenate(list(ranks)), expected)
 
 
@@ -85,18 +85,18 @@ def test_a_seen_target_is_a_miss_at_every_cutoff(log, parameters):
     ranks = ranks_of(parameters, log)
     wanted = leave_one_out(log).test
     seen = [log.sequence[b] in log.sequence[a:b] for a, b in zip(wanted.starts, wanted.stops, strict=True)]
-    np.testing.assert_array_equal(ranks == evaluate.MISS, seen)
-    assert evaluate.metrics(ranks[seen])["HR@100"] == 0
+    np.testing.assert_array_equal(ranks == ranking.MISS, seen)
+    assert ranking.metrics(ranks[seen])["HR@100"] == 0
 
 
 def test_ties_and_nan_never_favour_the_target(log, parameters):
     constant = parameters | {"item_embedding": np.ones_like(parameters["item_embedding"])}
     n_seen = [len(set(log.history(u)[:-1])) for u in range(len(log.users))]
     ranks = ranks_of(constant, log)
-    hit = ranks != evaluate.MISS
+    hit = ranks != ranking.MISS
     np.testing.assert_array_equal(ranks[hit], 199 - np.array(n_seen)[hit])
     nothing = np.full((1, 5), np.nan)
-    assert evaluate.ranks_of(np.array([3]), nothing, np.zeros(1)) == [evaluate.MISS]
+    assert ranking.ranks_of(np.array([3]), nothing, np.zeros(1)) == [ranking.MISS]
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
@@ -107,7 +107,7 @@ def test_scores_that_are_not_finite_are_refused(log, parameters, size):
     with pytest.raises(UserError, match="not finite: it diverged"):
         ranks_of(diverged, log)
     with pytest.raises(UserError, match="not finite: it diverged"):
-        list(evaluate.recommend(diverged, CONFIG, [log.history(0)], 5))
+        list(ranking.recommend(diverged, CONFIG, [log.history(0)], 5))
 
 
 def test_a_tie_that_rounding_splits_is_still_a_tie(log, parameters):
@@ -126,7 +126,7 @@ def test_substituted_weights_change_the_ranks(log, parameters):
 
 
 def test_metrics_of_known_ranks():
-    values = evaluate.metrics(np.array([0, 1, 9, 10, evaluate.MISS]))
+    values = ranking.metrics(np.array([0, 1, 9, 10, ranking.MISS]))
     assert values["HR@1"] == values["NDCG@1"] == values["MRR@1"] == pytest.approx(1 / 5)
     assert values["HR@10"] == pytest.approx(3 / 5)
     assert values["NDCG@10"] == pytest.approx((1 + 1 / np.log2(3) + 1 / np.log2(11)) / 5)
@@ -135,15 +135,15 @@ def test_metrics_of_known_ranks():
 
 @given(st.lists(st.integers(0, 300), min_size=1))
 def test_metrics_are_ordered(ranks):
-    values = evaluate.metrics(np.array(ranks))
-    for k in evaluate.CUTOFFS:
+    values = ranking.metrics(np.array(ranks))
+    for k in ranking.CUTOFFS:
         assert 0 <= values[f"MRR@{k}"] <= values[f"NDCG@{k}"] <= values[f"HR@{k}"] <= 1
 
 
-@given(st.lists(st.one_of(st.integers(0, 150), st.just(evaluate.MISS)), min_size=1, max_size=30))
+@given(st.lists(st.one_of(st.integers(0, 150), st.just(ranking.MISS)), min_size=1, max_size=30))
 def test_metrics_equal_those_of_a_plain_loop(ranks):
-    values = evaluate.metrics(np.array(ranks))
-    for k in evaluate.CUTOFFS:
+    values = ranking.metrics(np.array(ranks))
+    for k in ranking.CUTOFFS:
         hits = [rank for rank in ranks if rank < k]
         assert values[f"HR@{k}"] == pytest.approx(len(hits) / len(ranks))
         assert values[f"NDCG@{k}"] == pytest.approx(sum(1 / math.log2(rank + 2) for rank in hits) / len(ranks))
@@ -154,7 +154,7 @@ def test_metrics_equal_those_of_a_plain_loop(ranks):
 def test_recommendations_are_the_best_unseen_items(log, parameters, small_chunks, n_workers):
     histories = [log.history(u) for u in range(32)] + [np.arange(195)]
     with worker_map(n_workers, np) as run:
-        chunks = list(evaluate.recommend(parameters, CONFIG, histories, 7, run))
+        chunks = list(ranking.recommend(parameters, CONFIG, histories, 7, run))
     assert [len(order) for order, _ in chunks] == [16, 16, 1]
     order, scores = (np.concatenate(parts) for parts in zip(*chunks, strict=True))
     for history, row, row_scores in zip(histories, order, scores, strict=True):
@@ -169,6 +169,6 @@ def test_the_best_of_many_ties_are_those_of_a_stable_sort(rng):
     scores = rng.integers(4, size=(50, 30)).astype(np.float32)
     scores[rng.random(scores.shape) < 0.3] = -np.inf
     for k in (1, 7, 30):
-        order, values = evaluate.best_of(scores, k)
+        order, values = ranking.best_of(scores, k)
         np.testing.assert_array_equal(order, np.argsort(-scores, axis=1, kind="stable")[:, :k])
         np.testing.assert_array_equal(values, np.take_along_axis(scores, order, axis=1))

@@ -8,14 +8,14 @@ from minirec.studies import statistics
 
 pytest.importorskip("matplotlib", reason="pictures need matplotlib")
 
-from minirec.studies import plots as figures  # noqa: E402
+from minirec.studies import plots  # noqa: E402
 
 
 @pytest.fixture
 def drawn(monkeypatch):
     """{file name: figure} of all figures that are saved."""
     saved = {}
-    monkeypatch.setattr(figures, "save", lambda figure, path: saved.update({path.name: figure}))
+    monkeypatch.setattr(plots, "save", lambda figure, path: saved.update({path.name: figure}))
     return saved
 
 
@@ -40,7 +40,7 @@ def curves(rng):
 
 
 def test_every_picture_is_drawn_under_its_name(drawn, results, curves, tmp_path):
-    paths = figures.study_pictures(results, results, curves, tmp_path)
+    paths = plots.study_pictures(results, results, curves, tmp_path)
     kinds = ("heatmaps", "ratios", "curves")
     assert [path.name for path in paths] == ["rq3.png", *(f"{name}-{kind}.png" for name in "ab" for kind in kinds)]
     assert list(drawn) == [path.name for path in paths]
@@ -49,7 +49,7 @@ def test_every_picture_is_drawn_under_its_name(drawn, results, curves, tmp_path)
 def test_heatmaps_show_weights_beside_contributions_with_the_latest_position_at_the_lower_right(
     drawn, results, curves, tmp_path
 ):
-    figures.study_pictures(results, results, curves, tmp_path)
+    plots.study_pictures(results, results, curves, tmp_path)
     for name, result in results.items():
         axes = [axis for axis in drawn[f"{name}-heatmaps.png"].axes if axis.get_title()]  # the others are colour bars
         wanted = [(i, key) for i in (0, 1) for key in ("attention", "contribution")]
@@ -64,7 +64,7 @@ def test_heatmaps_show_weights_beside_contributions_with_the_latest_position_at_
 
 
 def test_distributions_are_shares_under_the_name_of_their_ratio(drawn, results, curves, tmp_path):
-    figures.study_pictures(results, results, curves, tmp_path)
+    plots.study_pictures(results, results, curves, tmp_path)
     for name, result in results.items():
         axes = drawn[f"{name}-ratios.png"].axes
         for i, (axis, block) in enumerate(zip(axes, result["pictures"], strict=True)):
@@ -79,7 +79,7 @@ def test_distributions_are_shares_under_the_name_of_their_ratio(drawn, results, 
 
 
 def test_learning_curves_are_those_of_their_weighting_from_the_first_epoch_on(drawn, results, curves, tmp_path):
-    figures.study_pictures(results, results, curves, tmp_path)
+    plots.study_pictures(results, results, curves, tmp_path)
     for name in results:
         (axis,) = drawn[f"{name}-curves.png"].axes
         styles = {line.get_label(): line.get_linestyle() for line in axis.lines if line.get_label()[0] != "_"}
@@ -93,7 +93,7 @@ def test_learning_curves_are_those_of_their_weighting_from_the_first_epoch_on(dr
 def test_the_plane_holds_every_log_at_its_ratio_and_effect_size(drawn, results, curves, tmp_path):
     everything = results | {"earlier": {"mixing_ratio": 0.6, "mean_g": 9.5}}  # studied in this folder before
     everything |= {"alone": {"mixing_ratio": 0.3, "mean_g": None}}  # one seed has no effect size
-    figures.study_pictures(results, everything, curves, tmp_path)
+    plots.study_pictures(results, everything, curves, tmp_path)
     (axis,) = drawn["rq3.png"].axes
     expected = {name: (result["mixing_ratio"], result["mean_g"]) for name, result in everything.items()}
     del expected["alone"]

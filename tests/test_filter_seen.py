@@ -1,20 +1,18 @@
 """Logs in which people buy again: seen items are candidates or not, the same in every command; and counts beside it."""
 
-import importlib
 import json
 import shutil
 from dataclasses import replace
 
 import numpy as np
 import pytest
-from conftest import ROOT, call_cli, counted_by_hand, last_json, ranked_by_hand, run_cli
+from helpers import ROOT, call_cli, counted_by_hand, last_json, ranked_by_hand, run_cli
 
 from minirec import files, model
 from minirec.errors import UserError
-from minirec.report import page as report
-from minirec.studies import grid as study
-from minirec.training import ranking as evaluate
-from minirec.training import runs
+from minirec.report import page
+from minirec.studies import grid
+from minirec.training import ranking, runs
 from minirec.training.fit import best
 
 OPTIONS = {True: "--filter-seen", False: "--no-filter-seen"}
@@ -67,12 +65,12 @@ def test_training_validates_and_tests_as_ranked_by_hand(trained_runs, filter_see
     for part, found in (("valid", chosen), ("test", printed["test"])):
         ranks = {f: ranked_by_hand(parameters, config, log, getattr(split, part), f) for f in (True, False)}
         assert (ranks[True] != ranks[False]).mean() > 0.5
-        assert close(found, evaluate.metrics(ranks[filter_seen]))
-    assert printed["test"]["unreachable"] == int((ranks[filter_seen] == evaluate.MISS).sum())
+        assert close(found, ranking.metrics(ranks[filter_seen]))
+    assert printed["test"]["unreachable"] == int((ranks[filter_seen] == ranking.MISS).sum())
     counted = counted_by_hand(log, split, split.test, filter_seen)
     assert set(printed["baselines"]) == {"popularity", "transitions"}
     for name, ranks in counted.items():
-        assert close(printed["baselines"][name], evaluate.metrics(ranks))
+        assert close(printed["baselines"][name], ranking.metrics(ranks))
 
 
 @pytest.mark.parametrize("filter_seen", [True, False])
@@ -86,9 +84,9 @@ def test_evaluate_is_as_trained_unless_it_is_told_otherwise(trained_runs, filter
     result = call_cli("evaluate", folder, "--split", part, "--json", *options)
     found = last_json(result)
     assert found["split"] == part and found["filter_seen"] is wanted
-    assert close(found, evaluate.metrics(ranked_by_hand(parameters, config, log, getattr(split, part), wanted)))
+    assert close(found, ranking.metrics(ranked_by_hand(parameters, config, log, getattr(split, part), wanted)))
     for name, ranks in counted_by_hand(log, split, getattr(split, part), wanted).items():
-        assert close(found["baselines"][name], evaluate.metrics(ranks))
+        assert close(found["baselines"][name], ranking.metrics(ranks))
     assert ("as the run was trained" in result.stderr) == (option is None and not filter_seen)
 
 
@@ -127,24 +125,24 @@ def test_a_study_ranks_runs_substitutions_shuffled_histories_and_counts_as_by_ha
     for attn in ("softmax", "uniform", "identity"):
         parameters, config, log, split = opened(folder / f"again/{attn}-0")
         ranks = ranked_by_hand(parameters, config, log, split.test, filter_seen)
-        assert close({m: v["mean"] for m, v in result["metrics"][attn].items()}, study.mean_metrics([ranks]))
-        shuffled = study.shuffle_histories(log.sequence, split.test, 8, seed=0)
+        assert close({m: v["mean"] for m, v in result["metrics"][attn].items()}, grid.mean_metrics([ranks]))
+        shuffled = grid.shuffle_histories(log.sequence, split.test, 8, seed=0)
         ranks = ranked_by_hand(parameters, config, log, split.test, filter_seen, shuffled)
-        assert close(result["shuffled"][attn], study.mean_metrics([ranks]))
+        assert close(result["shuffled"][attn], grid.mean_metrics([ranks]))
     parameters, config, log, split = opened(folder / "again/softmax-0")
     for name, weightings in (("all", "uniform"), ("block 1", ("softmax", "uniform"))):
         ranks = ranked_by_hand(parameters, replace(config, attn=weightings), log, split.test, filter_seen)
-        assert close(result["substitution"][name], study.mean_metrics([ranks]))
+        assert close(result["substitution"][name], grid.mean_metrics([ranks]))
     for name, ranks in counted_by_hand(log, split, split.test, filter_seen).items():
-        assert close(result["baselines"][name], study.mean_metrics([ranks]))
+        assert close(result["baselines"][name], grid.mean_metrics([ranks]))
     assert (result["unreachable"] > 0) == filter_seen
 
 
 def test_the_page_of_a_study_says_whether_seen_items_are_candidates(studied):
     filter_seen, folder, _ = studied
-    found = json.dumps(report.describe_study(folder))
+    found = json.dumps(page.describe_study(folder))
     assert ("candidates are all items" in found) == (not filter_seen)
-    older = report.describe_study(ROOT / "tests/older_study/study")  # from before there was a choice
+    older = page.describe_study(ROOT / "tests/older_study/study")  # from before there was a choice
     assert "candidates are all items" not in json.dumps(older)
 
 
@@ -159,7 +157,7 @@ def test_a_study_of_runs_with_another_choice_is_refused(studied, bought_again):
 def test_the_page_of_a_run_ranks_and_recommends_as_trained(trained_runs, filter_seen):
     folder, printed = trained_runs[filter_seen]
     parameters, config, log, split = opened(folder)
-    found = report.describe_run(folder, runs.load_settings(folder), parameters, log)
+    found = page.describe_run(folder, runs.load_settings(folder), parameters, log)
     assert found["filter_seen"] is filter_seen
     assert ("all items" in dict(found["facts"]).get("Candidates", "")) == (not filter_seen)
     assert found["metrics"][0]["HR@1"] == pytest.approx(printed["test"]["HR@1"], abs=1e-4)
@@ -167,7 +165,7 @@ def test_the_page_of_a_run_ranks_and_recommends_as_trained(trained_runs, filter_
     for user in found["users"]:
         number, position = log.users.index(user["name"]), user["positions"][0]
         rank = ranks[number]
-        assert position["ranks"][0] == (None if rank == evaluate.MISS else rank + 1)
+        assert position["ranks"][0] == (None if rank == ranking.MISS else rank + 1)
         seen = {log.items[i] for i in log.history(number)[:-1]}
         shown = {found["items"][i] for i in position["tops"][0]}
         assert len(shown) == min(10, 14 - len(seen) * filter_seen)
@@ -184,7 +182,7 @@ def test_the_choice_is_fixed_for_a_run_and_a_resumed_one_takes_it_over(trained_r
         assert runs.load_settings(tmp_path / "run")["training"]["filter_seen"] is filter_seen
         parameters, config, log, split = opened(tmp_path / "run")
         chosen = best(files.read_json_lines(tmp_path / "run/metrics.jsonl"))
-        assert close(chosen, evaluate.metrics(ranked_by_hand(parameters, config, log, split.valid, filter_seen)))
+        assert close(chosen, ranking.metrics(ranked_by_hand(parameters, config, log, split.valid, filter_seen)))
         shutil.rmtree(tmp_path / "run")
 
 
@@ -263,8 +261,8 @@ def test_the_option_is_named_where_more_than_a_fifth_of_the_targets_are_repeats(
 
 
 def test_the_description_of_a_log_names_the_option_too(bought_again):
-    assert "study and train with --no-filter-seen" in call_cli("data", bought_again).stdout
-    assert "--no-filter-seen" not in call_cli("data", "household").stdout
+    assert "study and train with --no-filter-seen" in call_cli("describe", bought_again).stdout
+    assert "--no-filter-seen" not in call_cli("describe", "household").stdout
 
 
 def test_counts_stand_beside_the_model_and_one_line_says_where_they_beat_it(trained_runs, bought_again, monkeypatch):
@@ -274,19 +272,17 @@ def test_counts_stand_beside_the_model_and_one_line_says_where_they_beat_it(trai
     assert shown[0].split() == ["test", "softmax", "popularity", "transitions"] and max(map(len, shown)) < 80
     assert shown[1].split() == ["HR", "NDCG", "MRR"] * 3
     values = [found, *found["baselines"].values()]
-    for k, line in zip(evaluate.CUTOFFS, shown[2:], strict=True):
+    for k, line in zip(ranking.CUTOFFS, shown[2:], strict=True):
         assert line.split() == [f"@{k}", *(f"{v[f'{name}@{k}']:.4f}" for v in values for name in ("HR", "NDCG", "MRR"))]
 
-    monkeypatch.syspath_prepend(ROOT)
-    cli = importlib.import_module("cli")
-    never, always = np.full(found["users"], evaluate.MISS), np.zeros(found["users"], int)
+    never, always = np.full(found["users"], ranking.MISS), np.zeros(found["users"], int)
     for popularity, transitions, words in (
         (never, never, None),
         (always, never, f"counting beats the model: test NDCG@10 {found['NDCG@10']:.4f}, by popularity (1.0000)"),
         (always, always, f"{found['NDCG@10']:.4f}, by popularity (1.0000) and transitions (1.0000)"),
     ):
         counted = {"popularity": popularity, "transitions": transitions}
-        monkeypatch.setattr(cli, "rank_baselines", lambda *_, counted=counted: counted)
+        monkeypatch.setattr("minirec.cli.inspect.rank_baselines", lambda *_, counted=counted: counted)
         lines = [line for line in call_cli("evaluate", folder).stderr.splitlines() if "counting beats" in line]
         assert len(lines) == (words is not None) and all(line.endswith(words) for line in lines)
 
@@ -312,4 +308,4 @@ def test_baselines_count_the_training_part_of_a_temporal_split_too(tmp_path):
     for part in ("valid", "test"):
         found = last_json(call_cli("evaluate", tmp_path / "run", "--split", part, "--json"))
         for name, ranks in counted_by_hand(log, split, getattr(split, part), True).items():
-            assert close(found["baselines"][name], evaluate.metrics(ranks))
+            assert close(found["baselines"][name], ranking.metrics(ranks))

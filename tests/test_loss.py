@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from conftest import assert_gradient
+from helpers import assert_gradient
 
 from minirec import packing
 from minirec.lesson.gradcheck import central_differences

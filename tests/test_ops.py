@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from conftest import assert_gradient
+from helpers import assert_gradient
 
 from minirec import ops
 from minirec.backend import scatter_add

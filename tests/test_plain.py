@@ -5,7 +5,7 @@ import sys
 
 import numpy as np
 import pytest
-from conftest import ROOT, assert_gradient, log_of
+from helpers import ROOT, assert_gradient, log_of
 
 from minirec import decompose, model, optimizer, plain
 from minirec.attention import known_weightings
@@ -14,8 +14,7 @@ from minirec.lesson import gradcheck
 from minirec.lesson.gradcheck import central_differences
 from minirec.packing import make_buckets, pack_list
 from minirec.parameters import parameter_count, parameter_shapes, sub_dict, unflatten
-from minirec.training import ranking as evaluate
-from minirec.training import runs
+from minirec.training import ranking, runs
 
 MIXED = ("softmax", "recency")  # one weighting a block
 ATTN = [*known_weightings(), MIXED]
@@ -166,7 +165,7 @@ def test_the_plain_hit_rate_is_that_of_the_ranking(example):
     histories = [rng.integers(config.n_items, size=n) for n in (3, 5, 9, 4, 12, 3, 7)]
     log = log_of(histories)
     targets = leave_one_out(log).test
-    ranks = np.concatenate(list(evaluate.rank_targets(parameters, config, log.sequence, targets)))
+    ranks = np.concatenate(list(ranking.rank_targets(parameters, config, log.sequence, targets)))
     for k in (1, 3, 10):
         assert plain.hit_rate(histories, parameters, *shape_of(config), k) == pytest.approx((ranks < k).mean())
 

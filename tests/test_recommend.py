@@ -2,7 +2,6 @@
 
 import csv
 import gzip
-import importlib
 import json
 import os
 import subprocess
@@ -14,27 +13,20 @@ from itertools import groupby
 import numpy as np
 import pytest
 from click.testing import CliRunner
-from conftest import ROOT
+from helpers import ROOT
 from hypothesis import given
 from hypothesis import strategies as st
 
 from minirec import model
+from minirec.cli import inspect, main
 from minirec.data import log as data
-from minirec.training import ranking as evaluate
-from minirec.training import runs
+from minirec.training import ranking, runs
 from minirec.training.parallel import AHEAD, worker_map
 
 
-@pytest.fixture(scope="module")
-def cli():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(ROOT)
-        yield importlib.import_module("cli")
-
-
-def call(cli, *arguments, status=0):
+def call(*arguments, status=0):
     """Call a command in this process; return what click's runner says of it."""
-    result = CliRunner().invoke(cli.main, [str(a) for a in arguments])
+    result = CliRunner().invoke(main, [str(a) for a in arguments])
     assert result.exit_code == status, result.output
     return result
 
@@ -85,12 +77,12 @@ def today():
 
 
 @pytest.fixture(scope="module")
-def train(cli, tmp_path_factory):
+def train(tmp_path_factory):
     """A function that trains a small model on a log with some options, and returns the run's folder."""
 
     def run(log, *options):
         folder = tmp_path_factory.mktemp("small") / "run"
-        call(cli, "train", "--data", log, "--epochs", 1, "--hidden", 8, "--workers", 1, "--out", folder, *options)
+        call("train", "--data", log, "--epochs", 1, "--hidden", 8, "--workers", 1, "--out", folder, *options)
         return folder
 
     return run
@@ -103,8 +95,8 @@ def run(train, histories, tmp_path_factory):
 
 @pytest.fixture
 def small_chunks(monkeypatch):
-    monkeypatch.setattr(evaluate, "chunk_rows", lambda *_: 7)
-    monkeypatch.setattr(evaluate, "CASES_AT_A_TIME", 7)
+    monkeypatch.setattr(ranking, "chunk_rows", lambda *_: 7)
+    monkeypatch.setattr(ranking, "CASES_AT_A_TIME", 7)
 
 
 def exported(path):
@@ -119,9 +111,9 @@ def exported(path):
     return found
 
 
-def alone(cli, run, *arguments):
+def alone(run, *arguments):
     """What recommend says of one user or history, as [(item, score), ...]."""
-    found = last_json(call(cli, "recommend", run, "--json", *arguments))["recommendations"]
+    found = last_json(call("recommend", run, "--json", *arguments))["recommendations"]
     return [(row["item"], row["score"]) for row in found]
 
 
@@ -135,38 +127,38 @@ def assert_same_lists(found, expected):
 
 @pytest.mark.parametrize("workers", [1, 2])
 def test_an_export_over_many_chunks_gives_everyone_what_recommend_user_gives(
-    cli, run, histories, small_chunks, tmp_path, workers
+    run, histories, small_chunks, tmp_path, workers
 ):
     arguments = ("recommend", run, "--all", "--top", 5, "--workers", workers, "--out", tmp_path / "all.csv")
-    result = call(cli, *arguments, "--json")
+    result = call(*arguments, "--json")
     found = exported(tmp_path / "all.csv")
     assert list(found) == list(histories)
     assert last_json(result) == {"out": str(tmp_path / "all.csv"), "users": len(found), "left_out": 0}
     assert f"{len(found)} users" in result.stderr
     for user in histories:
-        assert_same_lists(found[user], alone(cli, run, "--user", user, "--top", 5))
+        assert_same_lists(found[user], alone(run, "--user", user, "--top", 5))
 
 
-def test_an_export_is_the_same_bytes_for_any_number_of_workers(cli, run, small_chunks, tmp_path):
+def test_an_export_is_the_same_bytes_for_any_number_of_workers(run, small_chunks, tmp_path):
     for workers in (1, 2, 5):
-        call(cli, "recommend", run, "--all", "--out", tmp_path / f"{workers}.csv", "--workers", workers)
+        call("recommend", run, "--all", "--out", tmp_path / f"{workers}.csv", "--workers", workers)
     assert len({path.read_bytes() for path in tmp_path.iterdir()}) == 1
 
 
-def test_the_users_that_a_file_names_are_written_in_its_order(cli, run, small_chunks, tmp_path):
+def test_the_users_that_a_file_names_are_written_in_its_order(run, small_chunks, tmp_path):
     wanted = [f"u{u}" for u in (70, 3, 3, 55, *range(20, 40))]
     (tmp_path / "names").write_bytes(b"\xef\xbb\xbf" + "\r\n".join(["nobody", *wanted, "", ' "u9" ']).encode())
     arguments = ("recommend", run, "--users", tmp_path / "names", "--out", tmp_path / "some.csv", "--json")
-    result = call(cli, *arguments)
+    result = call(*arguments)
     found = exported(tmp_path / "some.csv")
     assert list(found) == [*dict.fromkeys(wanted), "u9"]
     assert last_json(result) == {"out": str(tmp_path / "some.csv"), "users": len(found), "left_out": 1}
     assert "1 names are no users" in result.stderr and "'nobody'" in result.stderr
     assert "1 of 26 lines name a user again" in result.stderr
-    call(cli, "recommend", run, "--all", "--out", tmp_path / "all.csv")
+    call("recommend", run, "--all", "--out", tmp_path / "all.csv")
     everyone = exported(tmp_path / "all.csv")
-    for user, ranking in found.items():
-        assert_same_lists(ranking, everyone[user])
+    for user, listed in found.items():
+        assert_same_lists(listed, everyone[user])
 
 
 @pytest.mark.parametrize("n", [1, 2])
@@ -181,46 +173,46 @@ def test_histories_are_read_no_further_than_the_ranking_has_come(n, small_chunks
             yield np.array([i % 40])
 
     with worker_map(n, np) as run:
-        for done, _ in enumerate(evaluate.recommend(parameters, config, draw(), 3, run), 1):
+        for done, _ in enumerate(ranking.recommend(parameters, config, draw(), 3, run), 1):
             assert drawn <= 7 * (done + AHEAD * n)
     assert drawn == 700 and done == 100
 
 
-def test_who_has_had_every_item_gets_no_rows_and_is_counted(cli, train, tmp_path):
+def test_who_has_had_every_item_gets_no_rows_and_is_counted(train, tmp_path):
     items = list("abcde")
     log = write_lines(tmp_path / "log.txt", {"full": items, "other": items[:4], "third": items[1:]})
     run = train(log)
-    result = call(cli, "recommend", run, "--all", "--out", tmp_path / "all.csv", "--json")
+    result = call("recommend", run, "--all", "--out", tmp_path / "all.csv", "--json")
     assert last_json(result)["users"] == 2 and last_json(result)["left_out"] == 1
     assert "no list for 1 of 3 users, who have had every item" in result.stderr
     assert {user: [item for item, _ in ranking] for user, ranking in exported(tmp_path / "all.csv").items()} == {
         "other": ["e"],
         "third": ["a"],
     }
-    result = call(cli, "recommend", run, "--user", "full", "--json")
+    result = call("recommend", run, "--user", "full", "--json")
     assert last_json(result)["recommendations"] == [] and "holds every item" in result.stderr
 
 
 ODD_NAMES = ["a,b", 'say "hi"', "--top", "-1", " a b", "'", "é 語", "=1+1"]
 
 
-def test_names_that_csv_must_quote_or_that_look_like_options_come_back(cli, train, tmp_path):
+def test_names_that_csv_must_quote_or_that_look_like_options_come_back(train, tmp_path):
     history = {user: [f"{item}{user}" for item in ODD_NAMES[i:] + ODD_NAMES[:i]] for i, user in enumerate(ODD_NAMES)}
     shared = {user: [item for other in ODD_NAMES for item in history[other][:3]] for user in ODD_NAMES}
     run = train(write_table(tmp_path / "log.csv", shared | {"last": [i for h in history.values() for i in h]}))
-    call(cli, "recommend", run, "--all", "--out", tmp_path / "all.csv")
+    call("recommend", run, "--all", "--out", tmp_path / "all.csv")
     found = exported(tmp_path / "all.csv")
     assert list(found) == ODD_NAMES
     (tmp_path / "names").write_text("".join(f"{user}\n" for user in reversed(ODD_NAMES)))
-    call(cli, "recommend", run, "--users", tmp_path / "names", "--out", tmp_path / "some.csv")
+    call("recommend", run, "--users", tmp_path / "names", "--out", tmp_path / "some.csv")
     assert list(exported(tmp_path / "some.csv")) == ODD_NAMES[::-1]
     for user in ODD_NAMES:
-        assert_same_lists(found[user], alone(cli, run, "--user", user))
+        assert_same_lists(found[user], alone(run, "--user", user))
 
 
-def test_an_interrupted_export_leaves_nothing(cli, run, small_chunks, tmp_path, monkeypatch):
+def test_an_interrupted_export_leaves_nothing(run, small_chunks, tmp_path, monkeypatch):
     (tmp_path / "all.csv").write_text("before")
-    real = cli.recommend_items
+    real = ranking.recommend
 
     def interrupted(*arguments):
         for number, chunk in enumerate(real(*arguments)):
@@ -228,50 +220,49 @@ def test_an_interrupted_export_leaves_nothing(cli, run, small_chunks, tmp_path, 
                 raise KeyboardInterrupt
             yield chunk
 
-    monkeypatch.setattr(cli, "recommend_items", interrupted)
-    call(cli, "recommend", run, "--all", "--out", tmp_path / "all.csv", status=130)
+    monkeypatch.setattr(inspect, "recommend_items", interrupted)
+    call("recommend", run, "--all", "--out", tmp_path / "all.csv", status=130)
     assert (tmp_path / "all.csv").read_text() == "before" and os.listdir(tmp_path) == ["all.csv"]
 
 
-def test_what_a_killed_export_left_is_replaced_by_the_next(cli, run, tmp_path):
+def test_what_a_killed_export_left_is_replaced_by_the_next(run, tmp_path):
     slow = (
-        "import sys, time, cli; real = cli.recommend_items; cli.recommend_items = lambda *a: (time.sleep(9), *real(*a))"
+        "import sys, time; from minirec.cli import inspect, main; real = inspect.recommend_items; "
+        "inspect.recommend_items = lambda *a: (time.sleep(9), *real(*a))"
     )
-    code = f"{slow}; cli.main(sys.argv[1:])"
+    code = f"{slow}; main(sys.argv[1:])"
     command = [sys.executable, "-c", code, "recommend", run, "--all", "--out", tmp_path / "all.csv"]
     with subprocess.Popen(list(map(str, command)), cwd=ROOT) as process:
         while not os.listdir(tmp_path):
             time.sleep(0.01)
         process.kill()
     assert os.listdir(tmp_path) == [".all.csv.tmp"]
-    call(cli, "recommend", run, "--all", "--out", tmp_path / "all.csv")
+    call("recommend", run, "--all", "--out", tmp_path / "all.csv")
     assert os.listdir(tmp_path) == ["all.csv"] and len(exported(tmp_path / "all.csv")) == 71
 
 
 # One history
 
 
-def test_a_history_as_json_names_what_was_taken(cli, run):
-    result = call(cli, "recommend", run, "--history", "i3, nix, i5,", "--top", 2, "--json")
+def test_a_history_as_json_names_what_was_taken(run):
+    result = call("recommend", run, "--history", "i3, nix, i5,", "--top", 2, "--json")
     found = last_json(result)
     assert found["history"] == ["i3", "i5"] and found["left_out"] == 1 and len(found["recommendations"]) == 2
     assert "skipped, not in the training log: 'nix'" in result.stderr
-    assert_same_lists(
-        alone(cli, run, "--history", "i3\ni5", "--top", 2), alone(cli, run, "--history", "i3,i5", "--top", 2)
-    )
+    assert_same_lists(alone(run, "--history", "i3\ni5", "--top", 2), alone(run, "--history", "i3,i5", "--top", 2))
 
 
-def test_an_item_with_a_comma_that_is_not_quoted_is_an_error_that_shows_how(cli, train, tmp_path):
+def test_an_item_with_a_comma_that_is_not_quoted_is_an_error_that_shows_how(train, tmp_path):
     names = ['one, "1"', "b,c,d", "e", "c", "f"]
     run = train(write_table(tmp_path / "log.csv", {f"u{u}": names[u:] + names[:u] for u in range(5)}))
     for history, item in (('e,one, "1"', names[0]), ("b,c,d", names[1]), ("e, b,c,d ,c", names[1])):
-        message = call(cli, "recommend", run, "--history", history, status=1).stderr
+        message = call("recommend", run, "--history", history, status=1).stderr
         assert message.startswith(f"Error: --history: {item!r} is one item") and len(message.splitlines()) == 1
         quoted = item.replace('"', '""')
         assert f"""'"{quoted}"'""" in message
-        found = last_json(call(cli, "recommend", run, "--history", f'"{quoted}",e', "--json"))
+        found = last_json(call("recommend", run, "--history", f'"{quoted}",e', "--json"))
         assert found["history"] == [item, "e"]
-    assert last_json(call(cli, "recommend", run, "--history", "c,e,f", "--json"))["history"] == ["c", "e", "f"]
+    assert last_json(call("recommend", run, "--history", "c,e,f", "--json"))["history"] == ["c", "e", "f"]
 
 
 # Another log
@@ -298,16 +289,16 @@ def by_hand(run, cases):
             rank = len(better)
         ranks.append(rank)
     values = {"users": len(ranks)} | counted
-    for k in evaluate.CUTOFFS:
+    for k in ranking.CUTOFFS:
         values[f"HR@{k}"] = np.mean([rank < k for rank in ranks])
         values[f"NDCG@{k}"] = np.mean([1 / np.log2(rank + 2) if rank < k else 0 for rank in ranks])
         values[f"MRR@{k}"] = np.mean([1 / (rank + 1) if rank < k else 0 for rank in ranks])
     return values
 
 
-def assert_evaluated(cli, run, log, cases, *arguments):
+def assert_evaluated(run, log, cases, *arguments):
     """evaluate says of a log what is computed by hand of its cases, in numbers and, of those left out, in words."""
-    result = call(cli, "evaluate", run, "--data", log, "--json", *arguments)
+    result = call("evaluate", run, "--data", log, "--json", *arguments)
     found, expected = last_json(result), by_hand(run, cases)
     assert {"unknown_targets", "unknown_histories", "unreachable"} <= set(expected), "the log is a poor example"
     for name, value in expected.items():
@@ -319,11 +310,11 @@ def assert_evaluated(cli, run, log, cases, *arguments):
 
 
 @pytest.mark.parametrize("part, back", [("test", 1), ("valid", 2)])
-def test_evaluating_another_log_equals_a_ranking_by_hand(cli, run, today, small_chunks, tmp_path, part, back):
+def test_evaluating_another_log_equals_a_ranking_by_hand(run, today, small_chunks, tmp_path, part, back):
     today = today | {"new, then known": ["n3", "i8", "i9"]}
     log = write_lines(tmp_path / "today.txt", {user.replace(" ", "_"): items for user, items in today.items()})
     cases = [(items[:-back], items[-back]) for items in today.values() if len(items) >= 3]
-    assert_evaluated(cli, run, log, cases, "--split", part)
+    assert_evaluated(run, log, cases, "--split", part)
 
 
 def filtered(histories, k):
@@ -337,7 +328,7 @@ def filtered(histories, k):
         histories = left
 
 
-def test_another_log_is_filtered_as_the_run_says_before_it_is_split(cli, train, histories, tmp_path):
+def test_another_log_is_filtered_as_the_run_says_before_it_is_split(train, histories, tmp_path):
     run = train(write_table(tmp_path / "log.csv", histories), "--k-core", 4, "--drop-repeats")
     users, items = [f"u{u}" for u in range(60)], [*(f"n{i}" for i in range(4)), *(f"i{i}" for i in range(9))]
     today = some_histories(7, users, [*items, "rare"], 2, 9) | {"new before": ["n1", "n2", "n1", "n3", "i7"]}
@@ -345,10 +336,10 @@ def test_another_log_is_filtered_as_the_run_says_before_it_is_split(cli, train, 
     left = filtered(today, 4)
     assert 30 < len(left) < len(today) and left["new before"] == ["n1", "n2", "n1", "n3", "i7"]
     log = write_table(tmp_path / "today.csv", today)
-    assert_evaluated(cli, run, log, [(items[:-1], items[-1]) for items in left.values()])
+    assert_evaluated(run, log, [(items[:-1], items[-1]) for items in left.values()])
 
 
-def test_another_log_is_split_at_its_own_moment(cli, train, histories, today, tmp_path):
+def test_another_log_is_split_at_its_own_moment(train, histories, today, tmp_path):
     rng = np.random.default_rng(5)
     then, now = (
         {user: np.sort(first + rng.integers(10**6, size=len(items))) for user, items in log.items()}
@@ -360,15 +351,13 @@ def test_another_log_is_split_at_its_own_moment(cli, train, histories, today, tm
     late = [items for user, items in today.items() if now[user][-1] > begins and len(items) > 1]
     assert 0 < len(late) < len(today)
     log = write_table(tmp_path / "today.csv", today, now)
-    assert_evaluated(cli, run, log, [(items[:-1], items[-1]) for items in late])
+    assert_evaluated(run, log, [(items[:-1], items[-1]) for items in late])
 
 
-def test_recommending_from_another_log_is_recommending_from_what_is_known_of_it(
-    cli, run, today, small_chunks, tmp_path
-):
+def test_recommending_from_another_log_is_recommending_from_what_is_known_of_it(run, today, small_chunks, tmp_path):
     log = write_table(tmp_path / "today.csv", today)
     arguments = ("recommend", run, "--data", log)
-    result = call(cli, *arguments, "--all", "--out", tmp_path / "all.csv", "--json")
+    result = call(*arguments, "--all", "--out", tmp_path / "all.csv", "--json")
     found = exported(tmp_path / "all.csv")
     known = {user: [i for i in items if i.startswith("i")] for user, items in today.items()}
     nothing = [user for user in known if not known[user]]
@@ -379,60 +368,60 @@ def test_recommending_from_another_log_is_recommending_from_what_is_known_of_it(
     n, n_unknown = (sum(map(len, histories.values())) for histories in (today, known))
     assert f"8 of its {len({i for h in today.values() for i in h})} items are unknown" in result.stderr
     assert f"left out, with {n - n_unknown} of {n} interactions" in result.stderr
-    for user, ranking in found.items():
-        assert_same_lists(ranking, alone(cli, run, "--history", ",".join(known[user])))
-        assert_same_lists(ranking, alone(cli, run, "--data", log, "--user", user))
+    for user, listed in found.items():
+        assert_same_lists(listed, alone(run, "--history", ",".join(known[user])))
+        assert_same_lists(listed, alone(run, "--data", log, "--user", user))
     for user in nothing[:2]:
-        message = call(cli, *arguments, "--user", user, status=1).stderr.splitlines()[-1]
+        message = call(*arguments, "--user", user, status=1).stderr.splitlines()[-1]
         assert f"nothing to recommend to user {user!r}" in message
     (tmp_path / "names").write_text("".join(f"{user}\n" for user in [*nothing, *list(found)[:4], "nobody"]))
-    result = call(cli, *arguments, "--users", tmp_path / "names", "--out", tmp_path / "some.csv", "--json")
+    result = call(*arguments, "--users", tmp_path / "names", "--out", tmp_path / "some.csv", "--json")
     assert list(exported(tmp_path / "some.csv")) == list(found)[:4]
     assert last_json(result)["left_out"] == len(nothing) + 1
 
 
-def test_a_log_too_short_to_split_can_be_recommended_from_but_not_evaluated(cli, run, tmp_path):
+def test_a_log_too_short_to_split_can_be_recommended_from_but_not_evaluated(run, tmp_path):
     log = tmp_path / "today.txt"
     log.write_text("u1 i3\n")
-    call(cli, "recommend", run, "--data", log, "--all", "--out", tmp_path / "all.csv")
+    call("recommend", run, "--data", log, "--all", "--out", tmp_path / "all.csv")
     assert list(exported(tmp_path / "all.csv")) == ["u1"]
     log.write_text("u1 i3\nu2 i4 i5\n")
-    message = call(cli, "evaluate", run, "--data", log, status=1).stderr.splitlines()[-1]
+    message = call("evaluate", run, "--data", log, status=1).stderr.splitlines()[-1]
     assert "no user has 3 interactions" in message and f"--data {log} is read and split as the log of {run}" in message
 
 
-def test_a_k_core_of_the_run_takes_no_user_of_today_their_recommendations(cli, train, histories, tmp_path):
+def test_a_k_core_of_the_run_takes_no_user_of_today_their_recommendations(train, histories, tmp_path):
     run = train(write_table(tmp_path / "log.csv", histories), "--k-core", 3)
     log = write_table(tmp_path / "today.csv", {"u1": ["i3"], "u2": ["i4", "i5"]})
-    result = call(cli, "recommend", run, "--data", log, "--all", "--out", tmp_path / "all.csv")
+    result = call("recommend", run, "--data", log, "--all", "--out", tmp_path / "all.csv")
     assert list(exported(tmp_path / "all.csv")) == ["u1", "u2"] and "--k-core 3 is not applied" in result.stderr
 
 
-def test_the_log_trained_on_gives_the_same_bits_wherever_it_lies(cli, run, histories, small_chunks, tmp_path):
-    before = last_json(call(cli, "evaluate", run, "--json"))
-    call(cli, "recommend", run, "--all", "--out", tmp_path / "before.csv")
+def test_the_log_trained_on_gives_the_same_bits_wherever_it_lies(run, histories, small_chunks, tmp_path):
+    before = last_json(call("evaluate", run, "--json"))
+    call("recommend", run, "--all", "--out", tmp_path / "before.csv")
     moved = write_lines(tmp_path / "moved.txt", histories)
-    result = call(cli, "evaluate", run, "--data", moved, "--json")
+    result = call("evaluate", run, "--data", moved, "--json")
     assert last_json(result) == before and "another log" not in result.stderr
     (tmp_path / "log.gz").write_bytes(gzip.compress(moved.read_bytes()))  # another file, so another log
-    result = call(cli, "evaluate", run, "--data", tmp_path / "log.gz", "--json")
+    result = call("evaluate", run, "--data", tmp_path / "log.gz", "--json")
     unlike = {"unknown_targets": 0, "unknown_histories": 0, "baselines": {}}  # whose training part is not at hand
     assert last_json(result) == before | unlike
     assert "another log" in result.stderr and "unknown" not in result.stderr
     for log in (moved, tmp_path / "log.gz"):
-        call(cli, "recommend", run, "--data", log, "--all", "--out", tmp_path / "after.csv")
+        call("recommend", run, "--data", log, "--all", "--out", tmp_path / "after.csv")
         assert (tmp_path / "after.csv").read_bytes() == (tmp_path / "before.csv").read_bytes()
 
 
-def test_columns_that_the_run_named_are_looked_for_in_another_log(cli, train, histories, tmp_path):
+def test_columns_that_the_run_named_are_looked_for_in_another_log(train, histories, tmp_path):
     log = write_table(tmp_path / "log.csv", histories)
     log.write_text(log.read_text().replace("user,item,time", "who,what,when"))
     run = train(log, "--columns", "who,what,when")
     (tmp_path / "today.csv").write_text("when,what,who\n1,i3,u1\n3,i5,u1\n2,i4,u1\n")
     arguments = ("recommend", run, "--data", tmp_path / "today.csv", "--user", "u1", "--json")
-    assert_same_lists(alone(cli, run, "--history", "i3,i4,i5"), alone(cli, *arguments[1:]))
+    assert_same_lists(alone(run, "--history", "i3,i4,i5"), alone(*arguments[1:]))
     (tmp_path / "today.csv").write_text("user,item,time\nu1,i3,1\nu1,i4,1\n")
-    message = call(cli, *arguments, status=1).stderr
+    message = call(*arguments, status=1).stderr
     assert "no columns who, what, when" in message and "with --columns who,what,when" in message
 
 
@@ -487,14 +476,14 @@ MISTAKES = {
 
 
 @pytest.mark.parametrize("arguments, status, message", MISTAKES.values(), ids=MISTAKES)
-def test_mistakes_end_in_one_line_and_write_nothing(cli, run, tmp_path, monkeypatch, arguments, status, message):
+def test_mistakes_end_in_one_line_and_write_nothing(run, tmp_path, monkeypatch, arguments, status, message):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "FOREIGN").write_text("a zz yy xx\nb zz yy ww\n")
     (tmp_path / "strangers").write_text("nobody\nnix\n")
     (tmp_path / "blank").write_text("\n \n")
     (tmp_path / "latin").write_bytes(b"u1\n\xe9\n")
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
-    result = call(cli, "recommend", run, *arguments, status=status)
+    result = call("recommend", run, *arguments, status=status)
     assert message in result.stderr.splitlines()[-1] and result.stdout == ""
     assert "Traceback" not in result.stderr and result.stderr.count("Error") == 1
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before

@@ -15,7 +15,7 @@ from urllib.parse import urlencode
 
 import numpy as np
 import pytest
-from conftest import run_cli
+from helpers import run_cli
 
 from minirec import decompose, files, model
 from minirec.attention import FIXED, known_weightings
@@ -23,10 +23,8 @@ from minirec.data.log import Log
 from minirec.data.split import leave_one_out
 from minirec.errors import UserError
 from minirec.report import page as report
-from minirec.studies import grid as study
-from minirec.studies import statistics
-from minirec.training import ranking as evaluate
-from minirec.training import runs
+from minirec.studies import grid, statistics
+from minirec.training import ranking, runs
 
 QUICK = ("--epochs", 1, "--seeds", 2, "--attn", "softmax", "--attn", "uniform")
 DEEP = 700 if sys.version_info < (3, 12) else 5000  # lists within lists, which are read and no further walked through
@@ -136,7 +134,7 @@ def test_recommendations_are_those_of_evaluate_at_that_time(trained, found):
     assert found["weightings"] == list(known_weightings())
     for w, attn in enumerate(found["weightings"]):
         histories = [history for *_, history in chosen]
-        ((items, _),) = evaluate.recommend(parameters, replace(config, attn=attn), histories, 10)
+        ((items, _),) = ranking.recommend(parameters, replace(config, attn=attn), histories, 10)
         for (_, position, _, _), expected in zip(chosen, items, strict=True):
             assert [found["items"][i] for i in position["tops"][w]] == [log.items[i] for i in expected]
     for _, position, number, history in chosen:
@@ -147,7 +145,7 @@ def test_moves_are_told_against_the_trained_weighting(trained, found):
     _, parameters, log = loaded(trained)
     *_, history = chosen = list(picked(found, log))[-1]
     position, config = chosen[1], runs.model_config(runs.load_settings(trained))
-    ((order, _),) = evaluate.recommend(parameters, config, [history], report.LOOKED_UP)
+    ((order, _),) = ranking.recommend(parameters, config, [history], report.LOOKED_UP)
     order = [log.items[i] for i in order[0]]
     assert position["was"][0] == list(range(1, 11))
     for top, was in zip(position["tops"], position["was"], strict=True):
@@ -160,12 +158,12 @@ def test_ranks_and_metrics_are_those_of_the_test_split(trained, found):
     test, config = runs.split_log(log, settings).test, runs.model_config(settings)
     for w, attn in ((0, "softmax"), (2, "identity")):
         put_in = replace(config, attn=attn)
-        ranks = np.concatenate(list(evaluate.rank_targets(parameters, put_in, log.sequence, test)))
-        assert found["metrics"][w] == report.rounded(evaluate.metrics(ranks))
+        ranks = np.concatenate(list(ranking.rank_targets(parameters, put_in, log.sequence, test)))
+        assert found["metrics"][w] == report.rounded(ranking.metrics(ranks))
         by_user = dict(zip(test.users, ranks, strict=True))
         for user in found["users"]:
             rank = by_user[log.users.index(user["name"])]
-            assert user["positions"][0]["ranks"][w] == (None if rank >= evaluate.MISS else rank + 1)
+            assert user["positions"][0]["ranks"][w] == (None if rank >= ranking.MISS else rank + 1)
 
 
 def test_the_history_reaches_back_from_the_latest_position(trained, found):
@@ -301,7 +299,7 @@ def test_the_page_of_a_study_holds_its_results(studied):
     assert process.returncode == 0 and "report.html" in process.stderr, process.stderr
     found = embedded((studied / "report.html").read_bytes())
     (dataset,) = found["datasets"]
-    assert dataset["verdict"] == study.verdict("small", result)
+    assert dataset["verdict"] == grid.verdict("small", result)
     assert dataset["point"][0] == report.rounded(result["mixing_ratio"]) and dataset["point"][2] == result["regime"]
     rows = dict(dataset["rows"])
     assert rows["softmax"][3] == report.rounded(list(result["metrics"]["softmax"]["NDCG@10"].values()))

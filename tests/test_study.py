@@ -1,7 +1,6 @@
 """The study: its grid, what it measures of a run, what it concludes, and the regimes of the planted datasets."""
 
 import csv
-import importlib
 import itertools
 import json
 import os
@@ -17,18 +16,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 from click.testing import CliRunner
-from conftest import ROOT, last_json, log_of, run_cli
+from helpers import ROOT, last_json, log_of, run_cli
 
 from minirec import files, packing
+from minirec.cli import main
+from minirec.cli.study import study_table
 from minirec.data import log as data
 from minirec.data import planted
 from minirec.data.split import Targets, leave_one_out, temporal
 from minirec.decompose import RATIOS, decompose, summarise
 from minirec.errors import UserError
-from minirec.studies import grid as study
-from minirec.studies import statistics
-from minirec.training import baselines, runs
-from minirec.training import ranking as evaluate
+from minirec.studies import grid, statistics
+from minirec.training import baselines, ranking, runs
 from minirec.training.fit import train
 
 pytest.importorskip("scipy", reason="the study needs scipy")
@@ -175,9 +174,9 @@ def test_an_analysis_is_that_of_the_run_beside_it(finished, tmp_path):
     (job.folder / "state.npz").unlink()  # another run may now begin here, but this one's results are not its own
     other = job.dataset._replace(settings=job.settings() | {"data": job.settings()["data"] | {"k_core": 2}})
     with pytest.raises(UserError, match="was trained with k_core 1, not 2"):
-        study.grid([other], ["softmax"], 1, tmp_path / "out")
+        grid.grid([other], ["softmax"], 1, tmp_path / "out")
     with pytest.warns(UserWarning, match="going on from state.previous.npz"):
-        study.execute(job_of(tmp_path / "out", epochs=3), stop=lambda: True)
+        grid.execute(job_of(tmp_path / "out", epochs=3), stop=lambda: True)
     assert not (job.folder / "analysis.json").exists()
 
 
@@ -186,7 +185,7 @@ def test_damaged_results_of_earlier_studies_are_named(tmp_path, found):
     (tmp_path / "study.json").write_text(found)
     (tmp_path / "study.csv").write_text("dataset,arm\n")
     with pytest.raises(UserError, match="study.json or study.csv is damaged"):
-        study.write_results(tmp_path, {"small": {}}, [("small", "softmax", 0, {"HR@1": 0.5})])
+        grid.write_results(tmp_path, {"small": {}}, [("small", "softmax", 0, {"HR@1": 0.5})])
     assert (tmp_path / "study.json").read_text() == found
 
 
@@ -195,13 +194,13 @@ def test_damaged_results_of_earlier_studies_are_named(tmp_path, found):
 )
 def test_a_table_that_does_not_fit_earlier_results_is_refused_not_forgotten(tmp_path, change):
     row = "softmax", 0, {"HR@1": 0.5}
-    study.write_results(tmp_path, {"earlier": {}}, [("earlier", *row)])
+    grid.write_results(tmp_path, {"earlier": {}}, [("earlier", *row)])
     found = (tmp_path / "study.json").read_text()
     change(tmp_path / "study.csv")
     with pytest.raises(UserError, match="study.json or study.csv is damaged"):
-        study.write_results(tmp_path, {"small": {}}, [("small", *row)])
+        grid.write_results(tmp_path, {"small": {}}, [("small", *row)])
     assert (tmp_path / "study.json").read_text() == found
-    assert study.write_results(tmp_path, {"earlier": {}}, [("earlier", *row)]) == {"earlier": {}}  # needs none of it
+    assert grid.write_results(tmp_path, {"earlier": {}}, [("earlier", *row)]) == {"earlier": {}}  # needs none of it
     assert (tmp_path / "study.csv").read_text() == "dataset,arm,seed,HR@1\nearlier,softmax,0,0.500000\n"
 
 
@@ -257,16 +256,16 @@ def test_defaults_follow_the_data():
         offsets = np.concatenate([[0], np.cumsum(counts)])
         return data.Log([""] * len(counts), [""] * n_items, offsets, np.zeros(offsets[-1], np.int32))
 
-    assert study.sensible(log([9] * 20, 1000)) == (9, 0.5)
-    assert study.sensible(log([90] * 20, 1000)) == (50, 0.2)
-    assert study.sensible(log([150, 300], 10_000)) == (200, 0.2)
-    assert study.sensible(log([100] * 20, 5_000)) == (100, 0.2)  # both limits exactly
+    assert grid.sensible(log([9] * 20, 1000)) == (9, 0.5)
+    assert grid.sensible(log([90] * 20, 1000)) == (50, 0.2)
+    assert grid.sensible(log([150, 300], 10_000)) == (200, 0.2)
+    assert grid.sensible(log([100] * 20, 5_000)) == (100, 0.2)  # both limits exactly
 
 
 def test_shuffling_moves_only_what_the_model_sees_before_the_target():
     sequence = np.arange(20)
     cases = Targets(np.array([0, 1]), np.array([0, 10]), np.array([7, 19]))
-    shuffled = study.shuffle_histories(sequence, cases, 5, seed=0)
+    shuffled = grid.shuffle_histories(sequence, cases, 5, seed=0)
     assert sorted(shuffled[2:7]) == list(range(2, 7)) and sorted(shuffled[14:19]) == list(range(14, 19))
     unmoved = [*range(2), *range(7, 14), 19]
     assert list(shuffled[unmoved]) == unmoved and (shuffled != sequence).any()
@@ -275,9 +274,9 @@ def test_shuffling_moves_only_what_the_model_sees_before_the_target():
 def test_every_history_and_every_seed_has_an_order_of_its_own():
     sequence = np.arange(60)  # three histories of 20
     cases = Targets(np.arange(3), np.arange(0, 60, 20), np.arange(19, 60, 20))
-    orders = [study.shuffle_histories(sequence, cases, 50, seed).reshape(3, 20) % 20 for seed in (0, 1)]
+    orders = [grid.shuffle_histories(sequence, cases, 50, seed).reshape(3, 20) % 20 for seed in (0, 1)]
     assert len({tuple(order) for order in np.concatenate(orders)}) == 6
-    np.testing.assert_array_equal(study.shuffle_histories(sequence, cases, 50, 1).reshape(3, 20) % 20, orders[1])
+    np.testing.assert_array_equal(grid.shuffle_histories(sequence, cases, 50, 1).reshape(3, 20) % 20, orders[1])
 
 
 @pytest.mark.parametrize("loss_bytes", [1, 4 << 20])  # chunks of 16, 16 and 1 users, of all
@@ -294,13 +293,13 @@ def test_baselines_equal_counting_by_hand(rng, loss_bytes, monkeypatch):
         follows = [sum(pair == (history[-1], i) for s in trained for pair in itertools.pairwise(s)) for i in range(12)]
         for name, score in (("popularity", popularity), ("transitions", list(zip(follows, popularity, strict=True)))):
             ahead = sum(score[i] >= score[target] for i in range(12) if i not in history and i != target)
-            assert found[name][case] == (evaluate.MISS if target in history else ahead)
+            assert found[name][case] == (ranking.MISS if target in history else ahead)
 
 
 def test_a_history_shorter_than_max_length_is_shuffled_within_itself():
     sequence = np.arange(60)  # three histories of 19 items and a target
     cases = Targets(np.arange(3), np.arange(0, 60, 20), np.arange(19, 60, 20))
-    for user, (*history, target) in enumerate(study.shuffle_histories(sequence, cases, 50, 0).reshape(3, 20)):
+    for user, (*history, target) in enumerate(grid.shuffle_histories(sequence, cases, 50, 0).reshape(3, 20)):
         assert sorted(history) == list(range(20 * user, 20 * user + 19)) and target == 20 * user + 19
 
 
@@ -321,23 +320,23 @@ def test_the_ranks_that_a_run_keeps_are_those_of_their_names(tmp_path, attn):
     }
     settings = {"data": source | {"k_core": 1, "drop_repeats": False}, "model": sizes}
     settings |= {"training": training | {"backend": "numpy"}}
-    job = study.Job(study.Dataset("small", log, settings), attn, 3, tmp_path / "run")
+    job = grid.Job(grid.Dataset("small", log, settings), attn, 3, tmp_path / "run")
     train(log, job.settings(), job.folder)
     clock = iter([0, 6, 10, 13, 20, 25])  # ranking takes 6, 3 and 5 seconds
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(study.time, "perf_counter", lambda: next(clock))
-        assert study.analyse(log, job.settings(), job.folder)
+        patch.setattr(grid.time, "perf_counter", lambda: next(clock))
+        assert grid.analyse(log, job.settings(), job.folder)
     config, test = runs.model_config(job.settings()), leave_one_out(log).test
     parameters = runs.load_parameters(job.folder, config)
-    shuffled = study.shuffle_histories(log.sequence, test, 6, seed=3)
+    shuffled = grid.shuffle_histories(log.sequence, test, 6, seed=3)
     wanted = {"test": (config, log.sequence), "shuffled": (config, shuffled)}
     if attn == "softmax":
         for name, weightings in (("", ("uniform",) * 2), (".0", ("uniform", attn)), (".1", (attn, "uniform"))):
             wanted[f"uniform{name}"] = replace(config, attn=weightings), log.sequence
-    analysis, ranks = study.load_analysis(job)
+    analysis, ranks = grid.load_analysis(job)
     assert ranks.keys() == wanted.keys() and len({r.tobytes() for r in ranks.values()}) == len(wanted)
     for name, (substituted, sequence) in wanted.items():
-        expected = np.concatenate(list(evaluate.rank_targets(parameters, substituted, sequence, test)))
+        expected = np.concatenate(list(ranking.rank_targets(parameters, substituted, sequence, test)))
         np.testing.assert_array_equal(ranks[name], expected)
     records = files.read_json_lines(job.folder / "metrics.jsonl")
     best = max(records, key=lambda record: record["NDCG@10"])["epoch"]
@@ -350,8 +349,8 @@ def test_the_ranks_that_a_run_keeps_are_those_of_their_names(tmp_path, attn):
         assert analysis["mixing"] == summarise(result)
         for picture, block in zip(analysis["pictures"], result["blocks"], strict=True):
             for name in RATIOS:
-                bins = np.minimum((block[name] * study.BINS).astype(int), study.BINS - 1)
-                assert picture[name] == np.bincount(bins, minlength=study.BINS).tolist()
+                bins = np.minimum((block[name] * grid.BINS).astype(int), grid.BINS - 1)
+                assert picture[name] == np.bincount(bins, minlength=grid.BINS).tolist()
             for name in ("attention", "contribution"):
                 np.testing.assert_array_equal(np.array(picture[name], float), block[name])
 
@@ -386,7 +385,7 @@ def invent(job):
         analysis |= {"mixing": {"blocks": summaries[:2]} | dict(zip(positions, summaries[2:], strict=True))}
         analysis |= {"pictures": pictures}
     never = np.arange(n_users) % 7 == 0
-    ranks = {kind: np.where(never, evaluate.MISS, rng.geometric(0.04, n_users) - 1) for kind in kinds}
+    ranks = {kind: np.where(never, ranking.MISS, rng.geometric(0.04, n_users) - 1) for kind in kinds}
     files.make_folder(job.folder)
     files.write_json(job.folder / "config.json", job.settings())
     files.write_json_lines(job.folder / "metrics.jsonl", records)
@@ -406,12 +405,10 @@ def invented_study(folder, n_seeds, *options):
             report(job, "done", None)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(ROOT)
-        patch.setattr(study, "run_grid", run_grid)
+        patch.setattr(grid, "run_grid", run_grid)
         patch.setitem(sys.modules, "matplotlib", None)
         arguments = ["study", "--data", folder / "small.txt", "--epochs", 6, "--patience", 2, "--seeds", n_seeds]
         arguments += [word for attn in EPOCHS for word in ("--attn", attn)]
-        main = importlib.import_module("cli").main
         result = CliRunner().invoke(main, [*map(str, arguments), *options, "--out", str(folder / "out")])
     assert result.exit_code == 0, result.output
     return result
@@ -561,7 +558,7 @@ def test_what_a_study_prints_is_what_its_results_hold(invented):
         "identity: ended by the limit of 6 epochs, and might still improve (--epochs)",
         "12 of 80 targets are items the user had before: misses",
     ]
-    assert lines[-1] == study.verdict("small", result)
+    assert lines[-1] == grid.verdict("small", result)
 
 
 def test_what_a_study_of_one_seed_prints_holds_no_number_that_is_none(log_path, tmp_path):
@@ -590,9 +587,8 @@ def test_a_study_table_says_what_is_undefined_and_why(invented, monkeypatch):
     result["weighting"]["NDCG@10"] |= {"difference": 0.5, "relative": None, "p": 0.25}
     result["mixing"]["all"]["entropy"]["mean"] = None
     result["epochs"] |= {"softmax": [6, 2], "uniform": [2, 5], "identity": [3, 6]}
-    monkeypatch.syspath_prepend(ROOT)
     times = json.loads((folder / "times.json").read_text())["small"]
-    lines = [line.strip() for line in importlib.import_module("cli").study_table("small", result, times).splitlines()]
+    lines = [line.strip() for line in study_table("small", result, times).splitlines()]
     assert (
         f"weighting, softmax - uniform: NDCG@10 +0.5000; Hedges' g {mean:+.2f}, the mean of 3 metrics; "
         "g undefined for HR@1, HR@10: no spread over seeds; paired t-test p = 0.25"
@@ -615,12 +611,12 @@ def test_the_results_of_several_datasets_stand_under_their_names(invented, tmp_p
     folder, log, _ = invented
     settings, jobs = runs.load_settings(folder / "small/softmax-0"), []
     for name in ("one", "two"):
-        dataset = study.Dataset(name, log, settings)
-        for job in study.grid([dataset], list(EPOCHS), 2, tmp_path):
+        dataset = grid.Dataset(name, log, settings)
+        for job in grid.grid([dataset], list(EPOCHS), 2, tmp_path):
             other = job._replace(seed=job.seed ^ (name == "two"))  # the numbers of the seeds change places
             shutil.copytree(folder / f"small/{other.attn}-{other.seed}", job.folder)
             jobs.append(job)
-    results, rows = study.collect(jobs)
+    results, rows = grid.collect(jobs)
     assert list(results) == ["one", "two"]
     assert [row[0] for row in rows] == ["one"] * (len(rows) // 2) + ["two"] * (len(rows) // 2)
     values = {(dataset, arm, seed): metrics["HR@10"] for dataset, arm, seed, metrics in rows}
@@ -630,8 +626,8 @@ def test_the_results_of_several_datasets_stand_under_their_names(invented, tmp_p
 
 def test_learning_curves_hold_the_validation_of_each_epoch_of_each_seed(invented):
     folder, log, _ = invented
-    dataset = study.Dataset("small", log, runs.load_settings(folder / "small/softmax-0"))
-    (curves,) = study.learning_curves(study.grid([dataset], list(EPOCHS), 2, folder)).values()
+    dataset = grid.Dataset("small", log, runs.load_settings(folder / "small/softmax-0"))
+    (curves,) = grid.learning_curves(grid.grid([dataset], list(EPOCHS), 2, folder)).values()
     for attn in EPOCHS:
         for seed in (0, 1):
             records = files.read_json_lines(folder / f"small/{attn}-{seed}/metrics.jsonl")
@@ -643,10 +639,10 @@ def test_learning_curves_hold_the_validation_of_each_epoch_of_each_seed(invented
 def test_a_seed_counts_where_each_weighting_has_finished_it(invented, tmp_path, attn):
     folder, log, _ = invented
     shutil.copytree(folder, tmp_path / "out")
-    dataset = study.Dataset("small", log, runs.load_settings(folder / "small/softmax-0"))
-    jobs = study.grid([dataset], list(EPOCHS), 2, tmp_path / "out")
+    dataset = grid.Dataset("small", log, runs.load_settings(folder / "small/softmax-0"))
+    jobs = grid.grid([dataset], list(EPOCHS), 2, tmp_path / "out")
     (tmp_path / f"out/small/{attn}-0/analysis.json").unlink()
-    results, rows = study.collect(jobs)
+    results, rows = grid.collect(jobs)
     whole = json.loads((folder / "study.json").read_text())["datasets"]["small"]
     assert results["small"]["seeds"] == [1] and {row[2] for row in rows} == {1, None}
     for other in EPOCHS:
@@ -654,22 +650,22 @@ def test_a_seed_counts_where_each_weighting_has_finished_it(invented, tmp_path, 
         assert found["mean"] == pytest.approx(metric("HR@10", kept(folder, other, 1)[1]["test"]).mean())
         assert found["mean"] != whole["metrics"][other]["HR@10"]["mean"] and found["std"] is None
     (tmp_path / f"out/small/{attn}-1/analysis.json").unlink()
-    assert study.collect(jobs) == ({}, [])
+    assert grid.collect(jobs) == ({}, [])
 
 
 def test_a_verdict_is_no_stronger_than_its_seeds():
     test = {"hedges_g": 0.1, "relative": -0.01, "p": 0.6}
     result = {"weighting": {"NDCG@10": test}, "seeds": [0, 1, 2, 3, 4], "mean_g": 0.1, "mixing_ratio": 0.12}
     result |= {"regime": "preserving", "doubts": [], "judgements": {"weighting": "equal"}}
-    assert study.verdict("beauty", result) == (
+    assert grid.verdict("beauty", result) == (
         "beauty: a causal average does as well as learned attention (NDCG@10 -1%, p = 0.6, mean g = +0.1, 5 seeds); "
         "blocks keep 88% of each position: regime preserving."
     )
     doubt = result | {"doubts": ["too few"], "judgements": {"weighting": "unclear"}}
-    assert "cannot tell learned attention" in study.verdict("beauty", doubt)
-    assert study.verdict("beauty", doubt).endswith("regime preserving, not confident (too few).")
+    assert "cannot tell learned attention" in grid.verdict("beauty", doubt)
+    assert grid.verdict("beauty", doubt).endswith("regime preserving, not confident (too few).")
     alone = doubt | {"seeds": [0], "mean_g": None, "weighting": {"NDCG@10": test | {"p": None}}}
-    assert "one seed cannot say" in study.verdict("beauty", alone) and "(NDCG@10 -1%, 1 seed)" in study.verdict(
+    assert "one seed cannot say" in grid.verdict("beauty", alone) and "(NDCG@10 -1%, 1 seed)" in grid.verdict(
         "beauty", alone
     )
 
@@ -681,7 +677,7 @@ def test_a_conclusion_follows_from_effects_ratios_and_users():
         result = {"weighting": {"NDCG@10": comparison, "HR@10": comparison | {"hedges_g": None}}}
         result |= {"metrics": {attn: {"NDCG@10": {"mean": 0.5}} for attn in ("softmax", "uniform")}}
         result |= {"baselines": {"popularity": {"NDCG@10": 0.1}}, "test_users": 90, "unreachable": 40} | changes
-        return study.conclude(result, [0.40, 0.41, 0.45])
+        return grid.conclude(result, [0.40, 0.41, 0.45])
 
     found = conclude(2.0, 0.1)
     assert (found["mixing_ratio"], found["mixing_ratio_std"]) == pytest.approx(
@@ -704,13 +700,13 @@ def test_a_verdict_speaks_of_the_past_of_all_doubts_and_of_no_number_that_is_non
     result = {"weighting": {"NDCG@10": {"relative": 0.214, "p": 0.0123}}, "seeds": [0, 1], "mean_g": 2.345}
     result |= {"mixing_ratio": 0.456, "regime": "mixing_with_reliance", "doubts": ["few seeds", "few users"]}
     result |= {"judgements": {"weighting": "better", "integration": "better"}}
-    assert study.verdict("log", result) == (
+    assert grid.verdict("log", result) == (
         "log: learned attention beats a causal average (NDCG@10 +21%, p = 0.012, mean g = +2.3, 2 seeds); the past "
         "adds to the last item; blocks keep 54% of each position: regime mixing with reliance, not confident (few "
         "seeds; few users)."
     )
     result |= {"weighting": {"NDCG@10": {"relative": None, "p": None}}, "seeds": [0], "mean_g": None}
-    assert study.verdict("log", result | {"doubts": [], "regime": "preserving"}) == (
+    assert grid.verdict("log", result | {"doubts": [], "regime": "preserving"}) == (
         "log: one seed cannot say whether learned attention is needed (1 seed); the past adds to the last item; "
         "blocks keep 54% of each position: regime preserving."
     )
@@ -721,15 +717,15 @@ def job_of(folder, epochs=2):
     settings = runs.load_settings(folder / "small/softmax-0")
     log = runs.load_log(settings["data"])
     settings["training"]["epochs"] = epochs
-    return study.Job(study.Dataset("small", log, settings), "softmax", 0, folder / "small/softmax-0")
+    return grid.Job(grid.Dataset("small", log, settings), "softmax", 0, folder / "small/softmax-0")
 
 
 def test_a_run_counts_for_the_epochs_that_it_was_to_have(finished):
     folder, _ = finished
-    assert study.load_analysis(job_of(folder)) is not None
-    assert study.load_analysis(job_of(folder, epochs=3)) is None  # it goes on
+    assert grid.load_analysis(job_of(folder)) is not None
+    assert grid.load_analysis(job_of(folder, epochs=3)) is None  # it goes on
     with pytest.raises(UserError, match="ran for 2 epochs, longer than --epochs"):
-        study.grid([job_of(folder, epochs=1).dataset], ["softmax"], 1, folder)
+        grid.grid([job_of(folder, epochs=1).dataset], ["softmax"], 1, folder)
 
 
 @pytest.mark.parametrize(
@@ -751,12 +747,12 @@ def test_a_damaged_analysis_is_made_again(finished, tmp_path, name, content):
     else:
         damaged.write_bytes(content)
     job = job_of(tmp_path / "out")
-    assert study.load_analysis(job) is None
-    study.execute(job)
-    results, _ = study.collect([job, job._replace(attn="uniform", folder=tmp_path / "out/small/uniform-0")])
+    assert grid.load_analysis(job) is None
+    grid.execute(job)
+    results, _ = grid.collect([job, job._replace(attn="uniform", folder=tmp_path / "out/small/uniform-0")])
     assert results["small"]["metrics"]["softmax"]["HR@10"]["mean"] <= 1
     assert (
-        study.load_analysis(job)[0]["mixing"]["all"]
+        grid.load_analysis(job)[0]["mixing"]["all"]
         == files.read_json(folder / "small/softmax-0/analysis.json")["mixing"]["all"]
     )
 
@@ -781,12 +777,12 @@ def test_datasets_studied_in_a_folder_before_stay_in_its_results(finished, log_p
 
 def test_times_of_a_dataset_that_is_studied_again_are_the_new_ones(tmp_path):
     for times in ({"a": {"softmax": 1}, "b": 2}, {"a": {"uniform": 3}}):
-        study.write_times(tmp_path, times)
+        grid.write_times(tmp_path, times)
     assert files.read_json(tmp_path / "times.json") == {"b": 2, "a": {"uniform": 3}}
     for text in ("[1]", "{"):
         (tmp_path / "times.json").write_text(text)
         with pytest.raises(UserError, match="times.json: (damaged|not valid JSON)"):
-            study.write_times(tmp_path, times)
+            grid.write_times(tmp_path, times)
 
 
 def test_a_log_without_a_reachable_target_gives_no_verdict(tmp_path):
@@ -815,18 +811,18 @@ def test_a_study_that_an_older_version_left_is_read_and_its_models_are_measured_
     folder = Path(__file__).parent / "older_study"
     settings = runs.load_settings(folder / "study/log/softmax-0")
     settings["data"]["path"] = str(folder / "log.csv")
-    dataset = study.Dataset("log", runs.load_log(settings["data"]), settings)
-    jobs = study.grid([dataset], ("softmax", "uniform", "identity", "recency"), 2, folder / "study")
-    results, _ = study.collect(jobs)
+    dataset = grid.Dataset("log", runs.load_log(settings["data"]), settings)
+    jobs = grid.grid([dataset], ("softmax", "uniform", "identity", "recency"), 2, folder / "study")
+    results, _ = grid.collect(jobs)
     kept = json.loads((folder / "study/study.json").read_text())["datasets"]["log"]
     assert results["log"]["metrics"] == kept["metrics"] and results["log"]["mixing_ratio"] == kept["mixing_ratio"]
     test = runs.split_log(dataset.log, settings).test
     histories = [dataset.log.sequence[a:b] for a, b in zip(test.starts, test.stops, strict=True)]
     for job in jobs:
-        analysis, ranks = study.load_analysis(job)
+        analysis, ranks = grid.load_analysis(job)
         config = runs.model_config(job.settings())
         parameters = runs.load_parameters(job.folder, config)
-        again = np.concatenate(list(evaluate.rank_targets(parameters, config, dataset.log.sequence, test)))
+        again = np.concatenate(list(ranking.rank_targets(parameters, config, dataset.log.sequence, test)))
         assert np.abs(again - ranks["test"]).max() <= 1  # rounding may differ from machine to machine
         if job.attn == "softmax":
             mixing = summarise(decompose(parameters, config, histories))["all"]["attn_res_ln"]["mean"]

@@ -1,16 +1,15 @@
 """The printed walk: what it shows is what the model does, its parts add up, and it fits a terminal."""
 
-import importlib
 import sys
 from dataclasses import replace
 
 import numpy as np
 import pytest
 from click.testing import CliRunner
-from conftest import ROOT
 
 from minirec import model
 from minirec.attention import known_weightings, softmax
+from minirec.cli import main
 from minirec.decompose import RATIOS, decompose
 from minirec.lesson import trace
 from minirec.lesson.gradcheck import central_differences
@@ -147,13 +146,11 @@ def test_the_profiler_hook_is_taken_off_again(monkeypatch):
 
 @pytest.mark.parametrize("wrong", [["--attn", "linear"], ["--seed", "-1"], ["--seed", "1.5"], ["--seed", ""], ["run"]])
 def test_the_command_refuses_what_is_no_option(wrong, monkeypatch):
-    monkeypatch.syspath_prepend(ROOT)
-    result = CliRunner().invoke(importlib.import_module("cli").main, ["trace", *wrong])
+    result = CliRunner().invoke(main, ["trace", *wrong])
     assert result.exit_code == 2 and "Error" in result.output
 
 
 def test_the_command_prints_the_steps(monkeypatch):
-    monkeypatch.syspath_prepend(ROOT)
-    result = CliRunner().invoke(importlib.import_module("cli").main, ["trace", "--attn", "identity", "--seed", "3"])
+    result = CliRunner().invoke(main, ["trace", "--attn", "identity", "--seed", "3"])
     assert result.exit_code == 0
     assert result.output.splitlines() == text_of(trace.steps("identity", 3))

@@ -15,7 +15,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from conftest import log_of
+from helpers import log_of
 from threadpoolctl import threadpool_limits
 
 from minirec import files
@@ -24,10 +24,10 @@ from minirec.data.split import leave_one_out, training_windows
 from minirec.errors import UserError
 from minirec.loss import LOSSES
 from minirec.model import Config, encode, init_parameters
-from minirec.training import ranking as evaluate
-from minirec.training import runs
+from minirec.training import ranking, runs
 from minirec.training.fit import best, check_finite, finished, train
-from minirec.training.parallel import Ranks, Team
+from minirec.training.mpi import Ranks
+from minirec.training.parallel import Team
 
 FILES = sorted(runs.FILES)
 DEAD = 77  # an exit status
@@ -82,8 +82,8 @@ def test_the_checkpoint_is_the_best_on_validation(small, tmp_path):
     records, _ = train(log, settings, tmp_path / "run")
     config = runs.model_config(settings)
     parameters = runs.load_parameters(tmp_path / "run", config)
-    ranks = evaluate.rank_targets(parameters, config, log.sequence, leave_one_out(log).valid)
-    found = evaluate.metrics(np.concatenate(list(ranks)))
+    ranks = ranking.rank_targets(parameters, config, log.sequence, leave_one_out(log).valid)
+    found = ranking.metrics(np.concatenate(list(ranks)))
     assert found["NDCG@10"] == best(records)["NDCG@10"]
 
 
@@ -133,7 +133,7 @@ def test_the_seconds_of_an_epoch_are_those_of_its_steps(small, tmp_path, monkeyp
     monkeypatch.setattr("minirec.training.fit.time.perf_counter", lambda: clock[0])
     monkeypatch.setattr(Team, "compute_gradients", slow(Team.compute_gradients, 2))
     monkeypatch.setattr(Team, "update", slow(Team.update, 0.5))
-    monkeypatch.setattr("minirec.training.fit.rank_targets", slow(evaluate.rank_targets, 100))
+    monkeypatch.setattr("minirec.training.fit.rank_targets", slow(ranking.rank_targets, 100))
     stop = stop_after and (lambda: len(steps) >= stop_after)
     train(log, settings, tmp_path / "run", on_step=lambda *_: steps.append(1), stop=stop)
     records, _ = train(log, settings, tmp_path / "run", resume=True)

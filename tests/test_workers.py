@@ -15,7 +15,7 @@ from minirec.errors import UserError
 from minirec.optimizer import adam_step
 from minirec.packing import pack
 from minirec.parameters import parameter_count, unflatten
-from minirec.training import parallel as workers
+from minirec.training import parallel
 from minirec.training.parallel import AHEAD, NO_LANE, Memory, Sampling, Team, worker_map
 
 CONFIG = model.Config(n_items=30, hidden_size=8, max_length=10, dropout=0.5)
@@ -36,7 +36,7 @@ def take_steps(n_workers):
 
 def test_any_number_of_workers_gives_the_same_bits(monkeypatch):
     monkeypatch.setattr(packing, "CPU_PLAN", packing.CPU_PLAN._replace(micro_batch_tokens=20))
-    monkeypatch.setattr(workers, "UPDATE_SIZE", 100)
+    monkeypatch.setattr(parallel, "UPDATE_SIZE", 100)
     losses, parameters = take_steps(1)
     for n in (2, 3, 4, 9):
         other_losses, other_parameters = take_steps(n)
@@ -61,7 +61,7 @@ def test_lanes_sum_to_the_gradient_of_the_whole_batch():
 
 def test_spawned_workers_do_as_forked_ones(monkeypatch):
     losses, parameters = take_steps(1)
-    monkeypatch.setattr(workers, "PROCESSES", multiprocessing.get_context("spawn"))
+    monkeypatch.setattr(parallel, "PROCESSES", multiprocessing.get_context("spawn"))
     other_losses, other_parameters = take_steps(2)
     assert other_losses == losses
     np.testing.assert_array_equal(other_parameters, parameters)
@@ -71,12 +71,12 @@ def test_negatives_share_no_random_stream_with_dropout():
     team, *_, sampling = sampled_team("sampled", 1)
     with team:
         keys = []
-        original = workers.generator
-        workers.generator = lambda xp, *key: keys.append(key) or original(xp, *key)
+        original = parallel.generator
+        parallel.generator = lambda xp, *key: keys.append(key) or original(xp, *key)
         try:
             team.compute_gradients(np.array([0, 5, 9, 12]), np.array([2, 2, 2, 2]), (7, 3))
         finally:
-            workers.generator = original
+            parallel.generator = original
     first_words = [tuple(np.random.SeedSequence(key).generate_state(4)) for key in keys]
     assert len(set(first_words)) == len(keys) > 1
 
@@ -159,7 +159,7 @@ def test_the_small_table_gives_the_gradients_of_the_full_one(loss):
 @pytest.fixture
 def small_updates(monkeypatch):
     """Update 64 parameters at a time, or 9 rows of an item table: several slices a worker."""
-    monkeypatch.setattr(workers, "UPDATE_SIZE", 64)
+    monkeypatch.setattr(parallel, "UPDATE_SIZE", 64)
 
 
 def adam_by_hand(expected, gradient, step, places=slice(None)):

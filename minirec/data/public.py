@@ -38,7 +38,6 @@ from urllib.parse import unquote, urljoin, urlsplit
 from minirec import files
 from minirec.data.log import MAX_ID_BYTES
 from minirec.errors import UserError
-from minirec.training import runs
 
 CATALOGUE = Path(__file__).with_name("catalogue.json")
 SCHEMES = ("https",)
@@ -128,7 +127,7 @@ def _check_by_hand(entry, source):
     """Refuse a file that was put into the folder and is not the one that the catalogue describes."""
     if not source.is_file() or source.stat().st_size > entry.at_most_bytes:
         raise UserError(f"{source}: not a file, or larger than {entry.at_most_bytes:,} bytes; see {entry.page}")
-    if entry.sha256 and runs.fingerprint(source) != entry.sha256:
+    if entry.sha256 and files.fingerprint(source) != entry.sha256:
         raise UserError(f"{source}: its SHA-256 is not the catalogue's, {entry.sha256}; remove it, or fetch it again")
 
 
@@ -150,7 +149,7 @@ def download(entry, part, progress, say):
     """
     if part.is_symlink() or (part.exists() and not part.is_file()):
         raise UserError(f"{part}: not a regular file; remove it")
-    if part.exists() and runs.fingerprint(part) == entry.sha256:
+    if part.exists() and files.fingerprint(part) == entry.sha256:
         return
     for attempt in range(ATTEMPTS):
         try:
@@ -163,7 +162,7 @@ def download(entry, part, progress, say):
             remedy = _else(entry, part) if unreachable else "the same command goes on"
             raise UserError(f"{entry.url} to {part}: {error.strerror or error}; {remedy}") from None
         else:
-            found = runs.fingerprint(part)
+            found = files.fingerprint(part)
             if found == entry.sha256:
                 return
             part.unlink()

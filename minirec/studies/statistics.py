@@ -17,6 +17,8 @@ from importlib import resources
 
 import numpy as np
 
+from minirec.errors import UserError
+
 METRICS = ("HR@1", "HR@10", "HR@100", "NDCG@10", "NDCG@100")  # the paper's five
 JUDGED_BY = "NDCG@10"  # its intervals decide what is said in words
 CONFIDENCE = 0.95
@@ -48,7 +50,7 @@ def paired_t(a, b):
 
     interval: [low, high] of the mean difference, at CONFIDENCE. Raises ImportError without scipy.
     """
-    from scipy import stats
+    stats = import_scipy()
 
     differences = np.asarray(a, float) - np.asarray(b, float)
     n = len(differences)
@@ -69,6 +71,15 @@ def bootstrap(values, seed=0):
     means = [values[rng.integers(len(values), size=len(values))].mean() for _ in range(RESAMPLES)]
     tail = (1 - CONFIDENCE) / 2
     return [float(x) for x in np.quantile(means, [tail, 1 - tail])]
+
+
+def import_scipy():
+    """Return scipy.stats. Raises UserError where it is missing."""
+    try:
+        from scipy import stats
+    except ImportError:
+        raise UserError("a study needs scipy for its statistics: pip install 'minirec[study]'") from None
+    return stats
 
 
 def compare(a, b, user_differences):

@@ -29,7 +29,7 @@ def train(log, settings, folder, resume=False, on_step=None, on_epoch=None, stop
     resume: go on from its state.npz, where it has one. on_step(epoch, i, n_steps, loss) is called
     after each step, its loss a 0-d array on the device; on_epoch(record) after each epoch, with the
     line of metrics.jsonl; stop() is asked after each step and ends training there when true. ranks: the
-    parallel.Ranks that train together, of which the first one writes; on_step's loss is then an estimate from
+    mpi.Ranks that train together, of which the first one writes; on_step's loss is then an estimate from
     this rank's share, and stop, where it is given, must end all ranks at the same step.
     Returns the records of all epochs and whether training came to its end (False: it was stopped).
     Raises UserError for a log without training data, a folder that cannot be used, a loss that is

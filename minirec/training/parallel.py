@@ -6,7 +6,7 @@ gradient; the lanes are then summed in order. Which worker ran a lane changes no
 result is the same to the last bit on one core or on many.
 
 Where an MPI launcher started several processes, each of these ranks takes every n-th lane, with workers of
-its own, and one Allreduce adds up the ranks' gradients; all of them then take the same Adam step.
+its own (see mpi.py).
 
 Training workers are processes over shared memory: a step is thousands of short NumPy calls, and
 threads would queue for the interpreter between them. Ranking and decomposing are few, large calls,
@@ -31,13 +31,14 @@ from typing import NamedTuple
 import numpy as np
 from threadpoolctl import threadpool_limits
 
-from minirec.backend import generator, get_array_module, to_device, to_host
+from minirec.backend import generator, to_device
 from minirec.data.split import Seen, unseen_negatives, windows_end_to_end
 from minirec.errors import UserError
 from minirec.model import add_gradients
 from minirec.optimizer import adam_step
 from minirec.packing import micro_batches, pack, plan
 from minirec.parameters import parameter_count, unflatten
+from minirec.training.mpi import Ranks
 
 UPDATE_SIZE = 1 << 16  # parameters that Adam updates at a time: they and their moments stay in cache
 NO_LANE = 1 << 16  # the negatives' stream, which no lane's dropout shares, and which every backend draws alike
@@ -137,83 +138,6 @@ class Sampling(NamedTuple):
         negatives = flat.copy()
         negatives[inputs] = unseen_negatives(rng, users, flat[inputs + 1], n_items, self.seen)
         return negatives
-
-
-LAUNCHED = {  # what launchers set: of Open MPI, of MPICH and its kin, of others
-    "OMPI_COMM_WORLD_SIZE": "OMPI_COMM_WORLD_RANK",
-    "PMI_SIZE": "PMI_RANK",
-    "PMIX_RANK": "PMIX_RANK",
-}
-
-
-def launched_rank():
-    """Return this process's rank where an MPI launcher started it, else None. MPI itself is not touched."""
-    return next((int(os.environ.get(rank, 0)) for size, rank in LAUNCHED.items() if size in os.environ), None)
-
-
-class Ranks:
-    """The processes of an MPI run, this one among them; without a communicator, this one alone.
-
-    buffers: "host" to pass device arrays to MPI by way of the host, "device" where the MPI library can
-    read a GPU's memory.
-    """
-
-    def __init__(self, communicator=None, buffers="host"):
-        self.communicator, self.buffers = communicator, buffers
-        self.rank, self.size = (communicator.rank, communicator.size) if communicator else (0, 1)
-
-    def add_up(self, x):
-        """Replace array x by its sum over all ranks, in place."""
-        if self.size == 1:
-            return
-        from mpi4py import MPI
-
-        if isinstance(x, np.ndarray) or self.buffers == "device":
-            if not isinstance(x, np.ndarray):
-                get_array_module(x).cuda.get_current_stream().synchronize()
-            self.communicator.Allreduce(MPI.IN_PLACE, x)
-        else:
-            host = to_host(x)
-            self.communicator.Allreduce(MPI.IN_PLACE, host)
-            x[...] = to_device(host, get_array_module(x))
-
-    def gather(self, value):
-        """Return the values of all ranks, in order, on each of them."""
-        return self.communicator.allgather(value) if self.size > 1 else [value]
-
-    def share(self, compute):
-        """Return compute() of rank 0 on all ranks."""
-        if self.size == 1:
-            return compute()
-        return self.communicator.bcast(compute() if self.rank == 0 else None)
-
-
-def launched_ranks(buffers="host"):
-    """Return the Ranks that a launcher started, or this process alone.
-
-    Raises UserError where there was a launcher and mpi4py is missing.
-    """
-    if launched_rank() is None:
-        return Ranks()
-    try:
-        from mpi4py import MPI
-    except (ImportError, RuntimeError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(
-            f"started by an MPI launcher, but without mpi4py ({reason}): pip install 'minirec[mpi]'"
-        ) from None
-    return Ranks(MPI.COMM_WORLD, buffers)
-
-
-def abort():
-    """End all ranks, this one among them, if a launcher started them: they would wait for this one for ever."""
-    if launched_rank() is None:
-        return
-    with contextlib.suppress(ImportError, RuntimeError):  # without MPI the launcher sees to it
-        from mpi4py import MPI
-
-        sys.stderr.flush()
-        MPI.COMM_WORLD.Abort(1)
 
 
 def shared_floats(n):

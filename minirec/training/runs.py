@@ -22,6 +22,7 @@ from pathlib import Path
 
 import numpy as np
 
+from minirec import files
 from minirec.backend import BACKENDS
 from minirec.data import log as data
 from minirec.data import planted, split
@@ -118,18 +119,8 @@ def fingerprint(path):
     """Return the SHA-256 of a log's file, or of a planted dataset's content."""
     if is_planted(path):
         return planted.DATASETS[path]().sha256()
-    digest = hashlib.sha256()
-    try:
-        if os.path.exists(path) and not os.path.isfile(path):
-            raise UserError(f"{path}: not a regular file; save the log to one")
-        with open(path, "rb") as file:
-            while chunk := file.read(1 << 20):
-                digest.update(chunk)
-    except OSError as error:
-        near = difflib.get_close_matches(str(path), planted.DATASETS, 1)
-        hint = f"; did you mean {near[0]}?" if near else ""
-        raise UserError(f"{path}: cannot be read ({error.strerror or error}){hint}") from None
-    return digest.hexdigest()
+    near = difflib.get_close_matches(str(path), planted.DATASETS, 1)
+    return files.fingerprint(path, f"; did you mean {near[0]}?" if near else "")
 
 
 def load_log(source, progress=None, to_split=True):

@@ -6,7 +6,7 @@ A synthetic log is written, CSV with user, item and timestamp, in order of time,
 differ in activity by a log-normal law, items in popularity by Zipf's, and each interaction is drawn on its
 own: no two neighbours have anything in common, which is the worst case for a reader's caches. Then
 
-    data     `python cli.py data FILE` runs on it in a process of its own
+    data     `python cli.py describe FILE` runs on it in a process of its own
     train    the first steps of an epoch are taken, with the sampled loss, and memory is watched meanwhile
 
 Reported are seconds of the clock and of the processor, and memory: the peak of the process that describes;
@@ -60,9 +60,9 @@ def write_log(path, n, seed=0):
 
 
 def describe(path):
-    """Run `data` on the log; return seconds of the clock and of the processor, and the peak memory in GB."""
+    """Run `describe` on the log; return seconds of the clock and of the processor, and the peak memory in GB."""
     began = time.perf_counter()
-    process = subprocess.Popen([sys.executable, CLI, "data", path])
+    process = subprocess.Popen([sys.executable, CLI, "describe", path])
     _, status, usage = os.wait4(process.pid, 0)
     if status:
         raise click.ClickException("the command failed")

@@ -1,0 +1,178 @@
+"""What a log is asked before training: `describe`, and where public ones come from: `fetch`."""
+
+import difflib
+import math
+import shlex
+from pathlib import Path
+
+import click
+
+from minirec.cli.common import (
+    INTERRUPTED,
+    MANY_REPEATS,
+    Command,
+    given,
+    json_option,
+    load_log,
+    log_options,
+    one_line,
+    progress,
+    reading,
+    reading_options,
+    say,
+    say_json,
+)
+from minirec.data import public as cataloguing
+from minirec.data.describe import describe as describe_log
+from minirec.data.log import k_core, read_log
+from minirec.errors import UserError
+from minirec.studies import grid as studying
+from minirec.training import runs
+
+
+@click.command(cls=Command)
+@click.argument("name", required=False)
+@click.option("--out", type=click.Path(path_type=Path), default="datasets", show_default=True, help="The folder.")
+def fetch(name, out):
+    """Fetch a public log as OUT/NAME.csv; without NAME, list what there is.
+
+    A transfer that breaks off goes on with the same command. What may not be downloaded directly, or was
+    downloaded already, is taken from the folder under its publisher's file name.
+
+    \b
+    python cli.py fetch ml-100k
+    """
+    entries = cataloguing.read_catalogue(cataloguing.CATALOGUE)
+    if name is None:
+        click.echo("\n".join(catalogue_table(entries.values())))
+        return
+    if name not in entries:
+        near = difflib.get_close_matches(name, entries, 1, 0.4)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        raise UserError(f"no {name!r} in the catalogue{hint} (python cli.py fetch lists it)")
+    entry = entries[name]
+    say(f"{entry.title}, {entry.page}; licence: {entry.licence}")
+    try:
+        path, before = cataloguing.fetch(entry, out, progress, lambda text: say(one_line(text)))
+    except KeyboardInterrupt:
+        say("\nstopped; the same command goes on from here")
+        raise click.exceptions.Exit(INTERRUPTED) from None
+    say(f"{path} is there already; remove it to fetch it again" if before else f"wrote {path}")
+    with reading(path) as update:
+        log = read_log(path, "csv", None, update)
+    click.echo(counts_line(log, entry.counts))
+    core = ""
+    if entry.k_core:
+        core = f" --k-core {entry.k_core['k']}"
+        click.echo(f"with{core}: {counts_line(k_core(log, entry.k_core['k']), entry.k_core)}")
+    path = shlex.quote(str(path))
+    say(f"next: python cli.py describe {path}{core}; python cli.py study --data {path}{core}")
+
+
+def counts_line(log, published):
+    """Return the counts of a log as text, beside the published ones."""
+    found = {"users": len(log.users), "items": len(log.items), "interactions": len(log.sequence)}
+    text = ", ".join(f"{count:,} {what}" for what, count in found.items())
+    if published is None:
+        return text
+    if found.items() <= published.items():
+        return f"{text}: as published ({published['from']})"
+    return (
+        f"{text}; NOT the published {', '.join(f'{published[what]:,} {what}' for what in found)} ({published['from']})"
+    )
+
+
+def catalogue_table(entries):
+    """Return the catalogue as lines of text, a row a log."""
+    yield f"{'NAME':<20}{'users':>10}{'items':>11}{'interactions':>14}{'download':>11}  licence"
+    for entry in entries:
+        cells = [f"{entry.counts[what]:,}" if entry.counts else "-" for what in ("users", "items", "interactions")]
+        size = f"{'' if entry.bytes else '<'}{entry.at_most_bytes / 1e6:,.0f} MB" if entry.url else "by hand"
+        yield f"{entry.name:<20}{cells[0]:>10}{cells[1]:>11}{cells[2]:>14}{size:>11}  {entry.licence}"
+
+
+@click.command(cls=Command)
+@click.argument("path", metavar="FILE")
+@log_options
+@json_option
+def describe(path, as_json, **options):
+    """What is in a log, and what would a study make of it?
+
+    FILE may also be an embedded one: chain, taste, household.
+
+    \b
+    python cli.py describe ratings.csv --columns who,what,when --k-core 5
+    """
+    source = reading_options(path, options)
+    log = load_log(source)
+    result = describe_log(log, runs.split_log(log, {"data": source}), source["drop_repeats"])
+    result["study"] = dict(zip(("max_length", "dropout"), studying.sensible(log), strict=True))
+    if as_json:
+        say_json({"path": path, "read_as": log.read_as} | result)
+        return
+    filtered = given(options, "k_core", "drop_repeats")
+    click.echo(f"{path}{log.read_as and f', read as {log.read_as}'}{filtered and f', after{filtered}'}\n")
+    click.echo("\n".join(description(result, options["split"])))
+    if all(result["split"][f"{part}_users"] for part in ("train", "valid", "test")):
+        say(f"next: python cli.py study --data {shlex.quote(path)}{given(options, *options)}")
+    else:
+        say("too small to study: no user to train on, or none to test; filter less, or take a larger log")
+
+
+def description(result, split):
+    """Return what describe found, as lines of text."""
+
+    def size(part):
+        return f"{part['users']:,} users, {part['items']:,} items, {part['interactions']:,} interactions"
+
+    def share(number, of):
+        return f"{number:,} ({number / of:.1%})" if number else "none"
+
+    n, histories, bins = result["interactions"], dict(result["history_lengths"]), result["histogram"]
+    names = {"0": "min", "50": "median", "100": "max"}
+    mean, most = histories.pop("mean"), max(bin["users"] for bin in bins)
+    lines = [
+        ("log", f"{size(result)}; {100 * result['density']:.3g} % of all pairs"),
+        ("histories", "".join(f"{names.get(q, q + ' %'):>9}" for q in histories) + f"{'mean':>9}"),
+        ("", "".join(f"{length:>9,}" for length in histories.values()) + f"{mean:>9,.1f}"),
+    ]
+    for bin in bins:
+        span = f"{bin['from']:,} to {bin['to']:,}" if bin["to"] > bin["from"] else f"{bin['to']:,}"
+        lines.append(("", f"{span:>18}  {'#' * math.ceil(40 * bin['users'] / most)} {bin['users']:,}"))
+    popular, repeats, times, held = (result[part] for part in ("popularity", "repeats", "time", "split"))
+    lines += [
+        (
+            "popularity",
+            f"the most popular {share(popular['top_items'], result['items'])} of the items have "
+            f"{popular['top_share']:.1%} of the interactions",
+        ),
+        ("", f"{share(popular['items_for_half'], result['items'])} of the items have half of them"),
+        ("", f"{share(popular['items_once'], result['items'])} of the items occur once"),
+        ("repeats", f"{share(repeats['seen_before'], n)} of an item that the user had before"),
+        ("", f"{share(repeats['immediate'], n)} directly after the same item"),
+    ]
+    if times:
+        span = f"{times['first']:,} to {times['last']:,}: numbers that are no dates"
+        if times["unit"]:
+            read = "dates" if times["dated"] else times["unit"]
+            span = f"{times['first_date']} to {times['last_date']} UTC, from {read}"
+        order = "not in order, and was sorted" if times["reordered"] else "in order within each user"
+        lines += [
+            ("time", f"{span}; the file was {order}"),
+            ("", f"{share(times['ties'], n)} at the same time as the user's last: these keep the file's order"),
+            ("", f"{share(repeats['exact_duplicates'], n)} again of the same user, item and time"),
+        ]
+    else:
+        lines.append(("time", "no timestamps: each user's interactions are in the file's order"))
+    users = [f"{held[f'{part}_users']:,} users" for part in ("train", "valid", "test")]
+    lines.append((split, "{} to train on, {} for validation, {} for the test".format(*users)))
+    if held["test_users"]:
+        seen = f"{share(held['unreachable'], held['test_users'])} of the test targets are items the user had before"
+        lines.append(("", seen + (": never hit with filter-seen" if held["unreachable"] else "")))
+        if held["unreachable"] > MANY_REPEATS * held["test_users"]:
+            lines.append(("", "where people buy again, study and train with --no-filter-seen"))
+    lines += [(f"{k}-core", size(core)) for k, core in result["k_core"].items()]
+    length, dropout = result["study"]["max_length"], result["study"]["dropout"]
+    lines.append(("study", f"takes the last {length} items and dropout {dropout}"))
+    lines.append(("", f"train does so with --max-length {length} --dropout {dropout}"))
+    return [f"{title:<15}{text}" for title, text in lines]

@@ -1,0 +1,464 @@
+"""What a finished run is asked: `evaluate`, `decompose`, `recommend`, `report`."""
+
+import csv
+import difflib
+import os
+import re
+import shlex
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import click
+import numpy as np
+
+from minirec import files
+from minirec.attention import known_weightings
+from minirec.cli.common import (
+    Command,
+    Run,
+    any_data_option,
+    backend_option,
+    data_option,
+    few,
+    filter_seen_option,
+    json_option,
+    progress,
+    remark_on_repeats,
+    run_argument,
+    say,
+    say_json,
+    workers_option,
+)
+from minirec.data.log import renumbered
+from minirec.data.split import Targets
+from minirec.decompose import RATIOS, contributions, summarise
+from minirec.decompose import decompose as decompose_sequences
+from minirec.errors import UserError
+from minirec.report import page as reporting
+from minirec.training import runs
+from minirec.training.baselines import rank_baselines
+from minirec.training.fit import SELECTED_BY
+from minirec.training.parallel import usable_cores, worker_map
+from minirec.training.ranking import CUTOFFS, MISS, metrics, rank_targets
+from minirec.training.ranking import recommend as recommend_items
+
+
+def _evaluate(run, log, config, part, filter_seen, workers):
+    """Return metrics of a run on one part of a log, with how many targets cannot be hit for what reason, and
+    {baseline: metrics} of the rankings by counts; none for another log than that whose training part was trained on."""
+    with run.telling_settings():
+        split = runs.split_log(log, run.settings)
+        wanted = getattr(split, part)
+        if not len(wanted.users):
+            raise UserError(f"{run.settings['data']['path']}: no user has a target for {part}")
+    sequence, cases, ranked, missed = log.sequence, wanted, np.arange(len(wanted.users)), {}
+    if run.another:
+        sequence, cases, ranked, missed = _known_cases(run, log, wanted)
+    ranks, done = np.full(len(wanted.users), MISS), 0
+    with worker_map(workers or usable_cores(), run.xp) as run_map, progress("ranking", len(ranked)) as update:
+        for chunk in rank_targets(run.parameters, config, sequence, cases, filter_seen, run_map):
+            ranks[ranked[done : done + len(chunk)]] = chunk
+            done += len(chunk)
+            update(len(chunk))
+    unreachable, result = int((ranks[ranked] >= MISS).sum()), metrics(ranks)
+    counted = {} if run.another else _count(log, split, part, filter_seen, result[SELECTED_BY])
+    return {"split": part} | result | {"users": len(ranks), "unreachable": unreachable} | missed, counted
+
+
+def _count(log, split, part, filter_seen, reached):
+    """Return {baseline: metrics} of the rankings by counts; say which of them beat `reached`, the model's metric."""
+    ranks = rank_baselines(log, split, getattr(split, part), filter_seen)
+    counted = {name: metrics(found) for name, found in ranks.items()}
+    if better := {name: m[SELECTED_BY] for name, m in counted.items() if m[SELECTED_BY] > reached}:
+        names = " and ".join(f"{name} ({value:.4f})" for name, value in better.items())
+        say(f"counting beats the model: {part} {SELECTED_BY} {reached:.4f}, by {names}")
+    return counted
+
+
+def _known_cases(run, log, cases):
+    """Return, of the cases of another log, those that the run's model can rank; say how many others there are.
+
+    They come as sequence and Targets in the model's numbering, and as places among all cases; then the numbers of
+    the others as {what is unknown: so many}.
+    """
+    known, moved = _known_part(run, log, run.items())
+    starts, stops = moved[cases.starts], moved[cases.stops]
+    has_target, has_history = moved[cases.stops + 1] > stops, stops > starts
+    ranked = np.flatnonzero(has_target & has_history)
+    missed = {"unknown_targets": int((~has_target).sum()), "unknown_histories": int((has_target & ~has_history).sum())}
+    for count, what in zip(missed.values(), ("targets are", "histories before a known target are all"), strict=True):
+        if count:
+            say(f"{count:,} of {len(starts):,} {what} unknown to the model: they count as misses")
+    return known.sequence, Targets(cases.users[ranked], starts[ranked], stops[ranked]), ranked, missed
+
+
+def _known_part(run, log, items):
+    """Return what data.renumbered does of another log than the run's, and say how much is left out."""
+    known, moved = renumbered(log, items)
+    path, left_out = run.settings["data"]["path"], len(log.sequence) - len(known.sequence)
+    if not len(known.sequence):
+        raise UserError(
+            f"{path}: the model of {run.folder} knows none of its {len(log.items):,} items, such as "
+            f"{log.items[0]!r}; those that it knows look like {items[0]!r}"
+        )
+    if left_out:
+        n_unknown = len(set(log.items).difference(items))
+        say(
+            f"{n_unknown:,} of its {len(log.items):,} items are unknown to the model: "
+            f"left out, with {left_out:,} of {len(log.sequence):,} interactions"
+        )
+    return known, moved
+
+
+def metrics_table(part, columns):
+    """Return metrics as lines of text, a row a cutoff; columns: {what ranked: its metrics}, the baselines last."""
+    names, width = ("HR", "NDCG", "MRR"), 24
+    lines = [
+        f"{part:<6}" + "".join(f"{title[:width]:>{width}}" for title in columns),
+        f"{'':<6}" + "".join(f"{name:>{width // len(names)}}" for name in names) * len(columns),
+    ]
+    for k in CUTOFFS:
+        cells = (f"{values[f'{name}@{k}']:{width // len(names)}.4f}" for values in columns.values() for name in names)
+        lines.append(f"{'@' + str(k):>6}" + "".join(cells))
+    return "\n".join(lines)
+
+
+@click.command(cls=Command)
+@run_argument
+@any_data_option
+@click.option("--split", type=click.Choice(["valid", "test"]), default="test", show_default=True)
+@filter_seen_option(None)
+@click.option("--attn", type=click.Choice(known_weightings()), help="Replace the trained weighting.")
+@click.option("--attn-blocks", metavar="I,J", help="Replace it in these blocks only; 0 is the first.")
+@backend_option
+@workers_option
+@json_option
+def evaluate(run, data, split, filter_seen, attn, attn_blocks, backend, workers, as_json):
+    """How well does a model rank? HR, NDCG and MRR over all items.
+
+    Beside the model stand two rankings by counts, which learn nothing: popularity, and transitions, how often an item
+    followed the user's last one. --attn replaces the attention weights of the trained model: does it need those that it
+    learned? Another log with --data is split as the run's; targets that the model does not know are misses, and counts
+    of what it was trained on are not at hand.
+
+    \b
+    python cli.py evaluate runs/household-softmax-1 --attn uniform --attn-blocks 1
+    python cli.py evaluate --data today.csv
+    """
+    if attn_blocks is not None and not attn:
+        raise click.UsageError("--attn-blocks says where; --attn must say what to put there.")
+    run = Run(run, "evaluate", backend, data)
+    config = run.config
+    if attn:
+        config = replace(config, attn=_substitute(config, attn, attn_blocks))
+    filter_seen = run.filter_seen(filter_seen)
+    result, counted = _evaluate(run, run.any_log(to_split=True), config, split, filter_seen, workers)
+    remark_on_repeats(result["unreachable"], result["users"])
+    if as_json:
+        say_json(result | {"attn": list(config.weightings), "filter_seen": filter_seen, "baselines": counted})
+    else:
+        weightings = "+".join(config.weightings if len(set(config.weightings)) > 1 else config.weightings[:1])
+        click.echo(metrics_table(split, {weightings: result} | counted))
+
+
+def _substitute(config, attn, attn_blocks):
+    """Return the weightings of all blocks with `attn` in the blocks named "0,1", or everywhere."""
+    if attn_blocks is None:
+        return (attn,) * config.n_blocks
+    weightings = list(config.weightings)
+    for text in attn_blocks.split(","):
+        text = text.strip()
+        if text not in map(str, range(config.n_blocks)):
+            raise click.UsageError(f"--attn-blocks: {text!r} is no block; this run has 0 to {config.n_blocks - 1}.")
+        weightings[int(text)] = attn
+    return tuple(weightings)
+
+
+@click.command(cls=Command)
+@run_argument
+@data_option
+@click.option("--out", type=click.Path(path_type=Path), help="Write decomposition.npz and heatmaps to this folder.")
+@backend_option
+@workers_option
+@json_option
+def decompose(run, data, out, backend, workers, as_json):
+    """How much do the attention blocks mix positions?
+
+    The ratio is |mixed| / (|mixed| + |kept|) over the test users' histories: 0 keeps each position as
+    it is, 1 replaces it by the others. Shown for the attention output alone (Attn), with the residual
+    (AttnRes) and after the layer norm (AttnResLN, the paper's figure).
+
+    \b
+    python cli.py decompose --out decomposition     with arrays and heatmaps
+    """
+    run = Run(run, "decompose", backend, data)
+    log = run.log()
+    wanted = runs.split_log(log, run.settings).test
+    histories = [log.sequence[a:b] for a, b in zip(wanted.starts, wanted.stops, strict=True)]
+    n_tokens = int(np.minimum(wanted.stops - wanted.starts, run.config.max_length).sum())
+    with worker_map(workers or usable_cores(), run.xp) as run_map, progress("decomposing", n_tokens) as update:
+        result = decompose_sequences(run.parameters, run.config, histories, run_map, update)
+    summary = summarise(result)
+    if out:
+        users = np.array([log.users[u] for u in wanted.users])
+        _write_decomposition(out, result, users)
+    if as_json:
+        say_json(summary)
+        return
+    rows = [(f"block {i}", values) for i, values in enumerate(summary["blocks"])]
+    rows += [(name.replace("_", " "), summary[name]) for name in ("all", "without_first", "latest")]
+    names = {"attn": "Attn", "attn_res": "AttnRes", "attn_res_ln": "AttnResLN", "entropy": "entropy of A"}
+    click.echo(f"{'mean (median)':>14}" + "".join(f"{name:>18}" for name in names.values()))
+    for title, values in rows:
+        cells = (values[name] for name in names)
+        texts = (f"{v['mean']:.3f} ({v['median']:.3f})" if v["n"] else "-" for v in cells)
+        click.echo(f"{title:>14}" + "".join(f"{text:>18}" for text in texts))
+
+
+def _write_decomposition(folder, result, users):
+    """Write decomposition.npz and, where matplotlib is there, heatmaps.png."""
+    from minirec.studies import plots as figures
+
+    files.make_folder(folder)
+    arrays = {"users": users[result["sequences"]], "positions": result["positions"]}
+    for i, block in enumerate(result["blocks"]):
+        arrays |= {f"blocks.{i}.{name}": block[name] for name in (*RATIOS, "entropy", "attention", "contribution")}
+    files.write_arrays(folder / "decomposition.npz", arrays)
+    say(f"wrote {folder / 'decomposition.npz'}")
+    try:
+        figures.heatmaps(result, folder / "heatmaps.png")
+        say(f"wrote {folder / 'heatmaps.png'}")
+    except ImportError:
+        say("no heatmaps: they need matplotlib; pip install 'minirec[study]'")
+
+
+@click.command(cls=Command)
+@run_argument
+@any_data_option
+@click.option("--user", help="A user of the log [default: its first].")
+@click.option("--history", metavar="A,B,C", help="Item ids, oldest first, instead of a user.")
+@click.option("--users", metavar="FILE", help="The users that a file names, one a line; needs --out.")
+@click.option("--all", "everyone", is_flag=True, help="All users of the log; needs --out.")
+@click.option("--top", type=click.IntRange(min=1), default=10, show_default=True, help="How many items.")
+@click.option("--explain", is_flag=True, help="Show which history items the prediction is made of.")
+@click.option("--out", type=click.Path(path_type=Path, dir_okay=False), help="The CSV file for --all and --users.")
+@filter_seen_option(None)
+@backend_option
+@workers_option
+@json_option
+def recommend(run, data, user, history, users, everyone, top, explain, out, filter_seen, backend, workers, as_json):
+    """Which items does a model rank highest, and why?
+
+    Users and histories are those of the log that the model was trained on, or of another one with --data: what
+    the model does not know of it is left out.
+
+    \b
+    python cli.py recommend --history "item 3,item 17" --explain
+    python cli.py recommend --all --out recommendations.csv
+    python cli.py recommend --all --out recommendations.csv --data today.csv
+    """
+    many = everyone or users is not None
+    if (user is not None) + (history is not None) + (users is not None) + everyone > 1:
+        raise click.UsageError("choose one of --user, --history, --users and --all.")
+    if many != bool(out):
+        raise click.UsageError("--all and --users need --out FILE.csv, and --out needs one of them.")
+    if explain and (many or as_json):
+        raise click.UsageError("--explain is a table of one history, not for --all, --users or --json.")
+    if data and history is not None:
+        raise click.UsageError("--data is for users of a log; --history needs none.")
+    run = Run(run, "recommend", backend, data)
+    items, filter_seen = run.items(), run.filter_seen(filter_seen)
+    if many:
+        summary = _recommend_many(run, items, users, top, out, filter_seen, workers)
+        if as_json:
+            say_json(summary)
+        return
+    if history is not None:
+        sequence, left_out = _known_items(history, items)
+        result = {"history": [items[i] for i in sequence]}
+    else:
+        user, sequence, left_out = _user_history(run, items, user)
+        result = {"user": user}
+    ((order, scores),) = recommend_items(run.parameters, run.config, [sequence], top, filter_seen=filter_seen)
+    if np.isneginf(scores[0]).all():
+        say("nothing to recommend: the history holds every item")
+    best = [
+        {"item": items[item], "score": float(score)}
+        for item, score in zip(order[0], scores[0], strict=True)
+        if score > -np.inf
+    ]
+    if as_json:
+        say_json(result | {"left_out": left_out, "recommendations": best})
+        return
+    for rank, row in enumerate(best, 1):
+        click.echo(f"{rank:4d}  {row['item']:<30} {row['score']:8.3f}")
+    if explain:
+        _explain(run, sequence, items)
+
+
+def _known_items(history, items):
+    """Return the item numbers of a history "a,b,c", and how many of its names are unknown, which are skipped."""
+    numbers = {name: i for i, name in enumerate(items)}
+    try:  # an id with a comma can be quoted; a line break separates too
+        fields = [field for row in csv.reader(re.split("[\r\n]+", history)) for field in row if field.strip()]
+    except csv.Error as error:
+        raise UserError(f"--history: cannot be read ({error})") from None
+    names = [field if field in numbers else field.strip() for field in fields]
+    most_commas = max(name.count(",") for name in items)
+    for start in range(len(names)):
+        for stop in range(start + 2, min(start + 1 + most_commas, len(names)) + 1):
+            joined = ",".join(fields[start:stop]).strip()
+            if joined in numbers and not all(name in numbers for name in names[start:stop]):
+                quoted = shlex.quote('"' + joined.replace('"', '""') + '"')
+                raise UserError(f"--history: {joined!r} is one item, whose commas need quotes: --history {quoted}")
+    unknown = [name for name in names if name not in numbers]
+    known = np.array([numbers[name] for name in names if name in numbers], int)
+    if unknown and len(known):
+        say(f"skipped, not in the training log: {few(unknown)}")
+    if not len(known):
+        near = difflib.get_close_matches(names[0], items, 1) if names else []
+        like = f"items look like {(near or items)[0]!r}"
+        raise UserError(f"--history: none of its items is in the training log: {few([history])}; {like}")
+    return known, len(unknown)
+
+
+def _known_histories(run, items):
+    """Return the log to recommend from in the run's numbering of items, and the lengths [U] of its whole histories."""
+    log = run.any_log(to_split=False)
+    lengths = np.diff(log.offsets)
+    return (_known_part(run, log, items)[0] if run.another else log), lengths
+
+
+def _user_history(run, items, user):
+    """Return a user's name, their history in the run's numbering of items, and how many items of it are left out."""
+    log, lengths = _known_histories(run, items)
+    path = run.settings["data"]["path"]
+    user = log.users[0] if user is None else user
+    if user not in log.users:
+        near = difflib.get_close_matches(user, log.users, 1)
+        raise UserError(f"no user {user!r} in {path}" + (f"; did you mean {near[0]!r}?" if near else ""))
+    number = log.users.index(user)
+    sequence = log.history(number)
+    left_out = int(lengths[number]) - len(sequence)
+    if not len(sequence):
+        raise UserError(
+            f"nothing to recommend to user {user!r} of {path}: all {left_out} items are unknown to the model"
+        )
+    say(f"user {user}, {len(sequence)} items" + (f"; unknown to the model: {left_out} more" if left_out else ""))
+    return user, sequence, left_out
+
+
+def _recommend_many(run, items, names_path, top, out, filter_seen, workers):
+    """Write user,rank,item,score for all users of the log, or for those that a file names; return what --json says.
+
+    They are written as they are ranked: nothing here grows with their number but a number for each.
+    """
+    for path in filter(None, (names_path, run.data or run.settings["data"]["path"])):
+        if os.path.exists(path) and os.path.exists(out) and os.path.samefile(path, out):
+            raise UserError(f"{out}: is read from; choose another --out")
+    log, _ = _known_histories(run, items)
+    users, unknown = np.arange(len(log.users)), 0
+    if names_path is not None:
+        users, unknown = _named_users(names_path, log, run.settings["data"]["path"])
+    known = np.diff(log.offsets)[users] > 0
+    if not known.all():
+        names = [log.users[u] for u in users[~known]]
+        text = f"no list for {len(names):,} of {len(users):,} users, of whose items the model knows none: {few(names)}"
+        if not known.any():
+            raise UserError(text)
+        say(text)
+    shown = users[known]
+    written = files.write(out, lambda file: _write_lists(file, run, log, items, shown, top, filter_seen, workers))
+    if without := int(known.sum()) - written:
+        say(f"no list for {without:,} of {len(users):,} users, who have had every item")
+    say(f"wrote {out}: {written:,} users")
+    return {"out": str(out), "users": written, "left_out": len(users) - written + unknown}
+
+
+def _write_lists(file, run, log, items, users, top, filter_seen, workers):
+    """Write the rows of some users, by their numbers in the log, to a file; return for how many there was a list."""
+    writer = csv.writer(SimpleNamespace(write=lambda text: file.write(text.encode())), lineterminator="\n")
+    writer.writerow(("user", "rank", "item", "score"))
+    histories = (log.history(u) for u in users)
+    done = written = 0
+    with worker_map(workers or usable_cores(), run.xp) as run_map, progress("recommending", len(users)) as update:
+        for order, scores in recommend_items(run.parameters, run.config, histories, top, run_map, filter_seen):
+            chunk = users[done : done + len(order)]  # no iterator: zip would take a user too many from it
+            for user, row, row_scores in zip(chunk, order, scores, strict=True):
+                for rank, (item, score) in enumerate(zip(row, row_scores, strict=True), 1):
+                    if score > -np.inf:
+                        writer.writerow((log.users[user], rank, items[item], f"{score:.4f}"))
+                written += row_scores[0] > -np.inf
+            done += len(order)
+            update(len(order))
+    return int(written)
+
+
+def _named_users(path, log, log_path):
+    """Return the numbers of the users that a file names, one a line, in its order; and how many names are no user's."""
+    lines = [line for line in files.read_lines(path) if line.strip()]
+    if not lines:
+        raise UserError(f"{path}: names no user; one a line is expected")
+    readings = {line: (line, line.strip(), _unquoted(line)) for line in lines}
+    wanted = {name for names in readings.values() for name in names}
+    numbers = {name: u for u, name in enumerate(log.users) if name in wanted}
+    found = {line: next((numbers[n] for n in names if n in numbers), None) for line, names in readings.items()}
+    unknown = [line for line, u in found.items() if u is None]
+    users = np.array(list(dict.fromkeys(u for u in found.values() if u is not None)), int)
+    if not len(users):
+        raise UserError(f"{path}: none of its names is a user of {log_path}: {few(unknown)}")
+    if unknown:
+        say(f"{path}: {len(unknown):,} names are no users of {log_path}: {few(unknown)}")
+    if again := sum(found[line] is not None for line in lines) - len(users):
+        say(f"{path}: {again:,} of {len(lines):,} lines name a user again, who gets one list")
+    return users, len(unknown)
+
+
+def _unquoted(line):
+    """Return a name without blanks around it and the quotes that a csv file gives it."""
+    text = line.strip()
+    return text[1:-1].replace('""', '"') if len(text) > 1 and text[0] == text[-1] == '"' else text
+
+
+def _explain(run, sequence, items, most=10):
+    """Print the AttnResLN contribution norms to the latest position, as shares a block."""
+    shares = [norms[-1] / max(norms[-1].sum(), 1e-30) for norms in contributions(run.parameters, run.config, sequence)]
+    recent = sequence[-run.config.max_length :]
+    click.echo(f"\n{'share of the last position':<36}" + "".join(f"{'block ' + str(i):>9}" for i in range(len(shares))))
+    for j in sorted(range(len(recent)), key=lambda j: -sum(share[j] for share in shares))[:most]:
+        ago = len(recent) - 1 - j
+        name = f"{items[recent[j]]} ({ago} back)" if ago else f"{items[recent[j]]} (latest)"
+        click.echo(f"      {name:<30}" + "".join(f"{share[j]:9.1%}" for share in shares))
+
+
+@click.command(cls=Command)
+@run_argument
+@data_option
+@click.option("--out", type=click.Path(path_type=Path, dir_okay=False), help="[default: report.html in the folder].")
+def report(run, data, out):
+    """What is a prediction made of? A page to look into.
+
+    Writes one HTML file that needs no network. Of a run: its metrics, how much it mixes, and predictions to take
+    apart, with what attention weight says of each history item beside what the item contributes. Of a study's
+    folder: its verdict, tables and pictures.
+
+    \b
+    python cli.py report runs/household-softmax-1
+    python cli.py report runs/study --out study.html
+    """
+    folder = run or runs.newest_folder("report", ("checkpoint.npz", "study.json"))
+    if not run:
+        say(f"run {folder}")
+    if (folder / "study.json").exists():
+        if data:
+            raise click.UsageError("--data is for the log of a run; the page of a study needs none.")
+        found = reporting.describe_study(folder)
+    else:
+        run = Run(folder, "report", data=data)
+        found = reporting.describe_run(folder, run.settings, run.parameters, run.log(), progress)
+    page = reporting.page(found)
+    # A link is followed where a person named it, never where it lay in a folder that may be a stranger's.
+    write, out = (files.write, out) if out else (files.replace, folder / "report.html")
+    write(out, lambda file: file.write(page))
+    say(f"wrote {out}: {len(page) / 1e6:.2f} MB; open it in a browser")

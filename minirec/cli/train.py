@@ -1,0 +1,236 @@
+"""`train`: one model."""
+
+import os
+import signal
+import threading
+import time
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict
+from pathlib import Path
+
+import click
+from click.core import ParameterSource
+
+from minirec.attention import known_weightings
+from minirec.cli.common import (
+    INTERRUPTED,
+    SIZE,
+    Command,
+    Number,
+    Run,
+    backend_option,
+    filter_seen_option,
+    json_option,
+    load_log,
+    log_name,
+    log_options,
+    log_source,
+    on_terminal,
+    progress,
+    remark_on_repeats,
+    say,
+    say_json,
+    versions,
+    workers_option,
+)
+from minirec.cli.inspect import _evaluate, metrics_table
+from minirec.data.describe import count_unreachable
+from minirec.data.split import training_windows
+from minirec.errors import UserError
+from minirec.loss import LOSSES
+from minirec.model import Config
+from minirec.training import runs
+from minirec.training.fit import SELECTED_BY, best
+from minirec.training.fit import train as train_model
+from minirec.training.mpi import launched_ranks
+from minirec.training.parallel import usable_cores
+
+DEFAULT_DATA = "household"
+TRAINING_OPTIONS = ("loss", "negatives", "epochs", "batch_size", "lr", "patience", "seed", "backend", "filter_seen")
+
+
+@click.command(cls=Command)
+@click.option("--data", default=DEFAULT_DATA, show_default=True, help="A log of interactions, or the embedded dataset.")
+@log_options
+@backend_option
+@click.option(
+    "--attn", type=click.Choice(known_weightings()), default="softmax", show_default=True, help="Attention weighting."
+)
+@click.option(
+    "--loss",
+    type=click.Choice(LOSSES),
+    default="ce",
+    show_default=True,
+    help="ce: all items; sampled: softmax over target and --negatives; bce: one unseen negative a position.",
+)
+@click.option("--negatives", type=SIZE, default=1024, show_default=True, help="For --loss sampled.")
+@click.option("--epochs", type=click.IntRange(min=1), default=200, show_default=True, help="At most so many.")
+@click.option("--batch-size", type=SIZE, default=128, show_default=True, help="Sequences a step.")
+@click.option("--max-length", type=SIZE, default=50, show_default=True, help="Latest items kept.")
+@click.option("--hidden", type=SIZE, default=64, show_default=True, help="Hidden size D.")
+@click.option("--blocks", type=click.IntRange(1, 1000), default=2, show_default=True)
+@click.option("--heads", type=SIZE, default=2, show_default=True, help="They divide --hidden.")
+@click.option("--dropout", type=Number(0, 1, max_open=True), default=0.5, show_default=True)
+@click.option("--lr", type=Number(0, min_open=True), default=1e-3, show_default=True, help="Learning rate of Adam.")
+@click.option("--patience", type=click.IntRange(min=1), default=10, show_default=True, help="Epochs without a gain.")
+@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True)
+@workers_option
+@filter_seen_option(True)
+@click.option(
+    "--mpi-buffers",
+    type=click.Choice(["host", "device"]),
+    default="host",
+    show_default=True,
+    help="device: under mpiexec with a GPU, where MPI reads its memory.",
+)
+@click.option("--out", type=click.Path(path_type=Path), help="The run folder [default: a new one below runs/].")
+@click.option("--resume", is_flag=True, help="Go on with a run that was stopped: --out, or the newest.")
+@json_option
+@click.pass_context
+def train(ctx, out, resume, as_json, mpi_buffers, **options):
+    """Train one model, and keep the epoch that is best on validation.
+
+    \b
+    python cli.py train --data ratings.csv --attn uniform
+    mpiexec -n 4 python cli.py train --out runs/large     each batch over four processes
+
+    Open MPI starts more processes than there are cores only with mpiexec --oversubscribe.
+    """
+    began = time.perf_counter()
+    ranks = launched_ranks(mpi_buffers)
+    if ranks.size > 1 and not (out or resume):
+        out = ranks.share(lambda: runs.new_folder(log_name(options["data"]), options["attn"]))
+    folder = out or (runs.newest_folder("resume", ("config.json",)) if resume else None)
+    given = ctx.get_parameter_source("data") is not ParameterSource.DEFAULT
+    before = runs.load_settings(folder) if resume and os.path.exists(folder / "config.json") else None
+    if before:
+        _take_over(ctx, options, before)
+        runs.find_log(folder, before, options["data"] if given else None)
+    elif resume and all(ctx.get_parameter_source(name) is ParameterSource.DEFAULT for name in options):
+        raise UserError(f"{folder}: no run to go on with; start it with the options that it is to have")
+    elif resume:
+        say(f"{folder}: no run to go on with yet, so one is started")
+    source = log_source(options["data"], options)
+    sizes = [options[name] for name in ("hidden", "blocks", "heads", "max_length", "dropout", "attn")]
+    try:
+        Config(1, *sizes)
+    except UserError as error:
+        raise click.UsageError(str(error)) from None
+    log = load_log(source)
+    config = Config(len(log.items), *sizes)
+    workers = options["workers"] or max(1, usable_cores() // ranks.size)
+    settings = {
+        "data": source,
+        "model": asdict(config),
+        "training": {name: options[name] for name in TRAINING_OPTIONS}
+        | {"workers": workers, "protocol": runs.PROTOCOL},
+        "versions": versions(),
+    }
+    folder = folder or runs.new_folder(log_name(options["data"]), config.attn)
+    split = runs.split_log(log, settings)
+    say(f"{options['data']}: {len(log.users):,} users, {len(log.items):,} items, {len(log.sequence):,} interactions")
+    parts = [len(training_windows(log, split, config.max_length)[0]), len(split.valid.users), len(split.test.users)]
+    if min(parts) < len(log.users):
+        say("of the users, {:,} are trained on, {:,} have a validation target, {:,} a test target".format(*parts))
+    if options["filter_seen"]:
+        remark_on_repeats(count_unreachable(log, split.test), len(split.test.users))
+    say(f"{config.attn} attention, {config.n_blocks} blocks, D = {config.hidden_size} -> {folder}")
+
+    try:
+        # Ranks would not stop at the same step: an interrupt ends them all at once.
+        with interruptible() if ranks.size == 1 else nullcontext(threading.Event()) as asked_to_stop:
+            records, complete = _train_with_progress(log, settings, folder, resume, asked_to_stop, ranks)
+    except MemoryError:  # CuPy's is one too
+        half = f"--batch-size {max(1, options['batch_size'] // 2)}"
+        raise UserError(f"out of memory; start a new run with {half}, or a smaller --max-length or --hidden") from None
+    if ranks.rank > 0:
+        return
+    if not complete:
+        say(f"stopped; go on with: python cli.py train --resume --out {folder}")
+        ctx.exit(INTERRUPTED)
+    if asked_to_stop.is_set():
+        say("training has come to its end; only the test is left")
+
+    chosen = best(records)
+    run = Run(folder, "train", options["backend"])
+    test, counted = _evaluate(run, log, config, "test", options["filter_seen"], workers)
+    say(f"{time.perf_counter() - began:.0f} s; kept epoch {chosen['epoch']} of {len(records)}, the best on validation")
+    if as_json:
+        totals = {name: sum(record[name] for record in records) for name in ("steps", "train_seconds")}
+        valid = {name: value for name, value in chosen.items() if "@" in name}
+        result = {"run": str(folder), "epochs": len(records), "best_epoch": chosen["epoch"], "loss": chosen["loss"]}
+        say_json(result | totals | {"valid": valid, "test": test, "baselines": counted})
+    else:
+        click.echo(metrics_table("test", {config.attn: test} | counted))
+        say("next: python cli.py evaluate --attn uniform; python cli.py decompose; python cli.py recommend")
+
+
+def _take_over(ctx, options, settings):
+    """Set the options that were not given on the command line to what a run was started with."""
+    model, data = settings["model"], settings["data"]
+    source = {name: data[name] for name in ("format", "split", "k_core", "drop_repeats")}
+    before = (
+        settings["training"]
+        | source
+        | {
+            "data": data["path"],
+            "columns": ",".join(data["columns"] or ()) or None,
+            "hidden": model["hidden_size"],
+            "blocks": model["n_blocks"],
+            "heads": model["n_heads"],
+            "max_length": model["max_length"],
+            "dropout": model["dropout"],
+            "attn": model["attn"],
+        }
+    )
+    for name in options:
+        if ctx.get_parameter_source(name) is ParameterSource.DEFAULT and name != "workers":
+            options[name] = before[name]
+
+
+@contextmanager
+def interruptible():
+    """Yield an event that the first Ctrl-C, or SIGTERM, sets; a second one interrupts at once."""
+    asked_to_stop = threading.Event()
+
+    def on_signal(*_):
+        if asked_to_stop.is_set():
+            raise KeyboardInterrupt
+        asked_to_stop.set()
+        say("\nstopping after this step; press Ctrl-C again to stop at once")
+
+    before = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield asked_to_stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _train_with_progress(log, settings, folder, resume, asked_to_stop, ranks):
+    """Train under a bar that shows epoch, loss, validation and speed; without a terminal, a line an epoch."""
+    epochs, shown, records = settings["training"]["epochs"], {"at": time.perf_counter(), "steps": 0}, []
+    terminal = on_terminal()
+    with progress("training", epochs) as update:
+
+        def on_step(epoch, i, n_steps, loss):
+            now = time.perf_counter()
+            shown["steps"] += 1
+            if terminal and now - shown["at"] > 0.5:  # reading the loss waits for a GPU: not at every step
+                speed = shown["steps"] / (now - shown["at"])
+                valid = f", valid {SELECTED_BY} {best(records)[SELECTED_BY]:.4f}" if records else ""
+                update(0, f"epoch {epoch} step {i}/{n_steps} loss {float(loss):.3f}{valid}, {speed:.0f} steps/s")
+                shown.update(at=now, steps=0)
+
+        def on_epoch(record):
+            records.append(record)
+            if terminal:
+                update(1)
+            else:
+                say(
+                    f"epoch {record['epoch']:3d}  loss {record['loss']:.4f}  valid HR@10 {record['HR@10']:.4f} "
+                    f"{SELECTED_BY} {record[SELECTED_BY]:.4f}  {record['train_seconds']:.1f} s"
+                )
+
+        stop = asked_to_stop.is_set if ranks.size == 1 else None
+        return train_model(log, settings, folder, resume, on_step, on_epoch, stop, ranks)
