@@ -21,7 +21,7 @@ from minirec.cli import main
 from minirec.decompose import RATIOS, contributions, decompose
 from minirec.model import encode
 from minirec.training import runs
-from minirec.training.fit import Progress
+from minirec.training.progress import Progress
 from minirec.training.ranking import CUTOFFS
 
 METRICS = {f"{name}@{k}" for name in ("HR", "NDCG", "MRR") for k in CUTOFFS}
@@ -50,7 +50,7 @@ def test_every_command_says_what_it_is_for_in_a_line_and_gives_an_example(monkey
 
 
 def test_the_shell_completes_commands_and_options(tmp_path):
-    environment = {"_CLI_PY_COMPLETE": "bash_complete", "COMP_WORDS": "./cli.py train --ep", "COMP_CWORD": "2"}
+    environment = {"_MINIREC_COMPLETE": "bash_complete", "COMP_WORDS": "minirec train --ep", "COMP_CWORD": "2"}
     assert run_cli(cwd=tmp_path, environment=environment).stdout == "plain,--epochs\n"
 
 
@@ -561,7 +561,7 @@ def test_ctrl_c_keeps_what_was_reached_and_resume_goes_on(tmp_path):
     rest = process.communicate(timeout=60)[1]
     assert process.returncode == 130, rest
     assert "--resume" in rest and "Traceback" not in rest
-    assert sorted(f.name for f in (tmp_path / "run").iterdir()) == sorted(runs.FILES)
+    assert sorted(f.name for f in (tmp_path / "run").iterdir()) == sorted(set(runs.FILES) - {runs.LOG})
     resumed = run_cli("train", "--resume", "--out", "run", cwd=tmp_path)
     assert resumed.returncode == 0, resumed.stderr
     for name in ("checkpoint.npz", "state.npz"):

@@ -13,7 +13,7 @@ from minirec.errors import UserError
 from minirec.report import page
 from minirec.studies import grid
 from minirec.training import ranking, runs
-from minirec.training.fit import best
+from minirec.training.progress import best
 
 OPTIONS = {True: "--filter-seen", False: "--no-filter-seen"}
 SMALL = ("--hidden", 8, "--heads", 1, "--dropout", 0.1, "--lr", 0.01)
@@ -282,7 +282,7 @@ def test_counts_stand_beside_the_model_and_one_line_says_where_they_beat_it(trai
         (always, always, f"{found['NDCG@10']:.4f}, by popularity (1.0000) and transitions (1.0000)"),
     ):
         counted = {"popularity": popularity, "transitions": transitions}
-        monkeypatch.setattr("minirec.cli.inspect.rank_baselines", lambda *_, counted=counted: counted)
+        monkeypatch.setattr("minirec.training.fit.rank_baselines", lambda *_, counted=counted: counted)
         lines = [line for line in call_cli("evaluate", folder).stderr.splitlines() if "counting beats" in line]
         assert len(lines) == (words is not None) and all(line.endswith(words) for line in lines)
 

@@ -19,13 +19,13 @@ PACKAGE = ROOT / "minirec"
 MODULES = sorted(PACKAGE.rglob("*.py"))
 CORE_LINES = 850  # of code, all core files together
 CORE_FILE_LINES = 260  # of one core file, derivations included
-LINES = 5400  # of code, the whole package and cli.py
+LINES = 5600  # of code, the whole package and cli.py
 
 # What each wing may import of ours, besides itself. A flat file may import those that stand before it.
 CORE = ["plain", "errors", "backend", "ops", "packing", "attention", "loss", "parameters", "model", "optimizer"]
 CORE += ["decompose"]
 DATA = ["errors", "files", "packing.spans"]
-TRAINING = [*CORE, "files", "data"]
+TRAINING = [*CORE, "files", "data", "__version__"]
 STUDIES = [*TRAINING, "training"]
 WALLS = {
     "data": DATA,
@@ -33,7 +33,7 @@ WALLS = {
     "studies": STUDIES,
     "lesson": [*CORE, "data.planted", "training.ranking"],
     "report": [*STUDIES, "studies"],
-    "cli": [*STUDIES, "studies", "lesson", "report", "__version__"],
+    "cli": [*STUDIES, "studies", "lesson", "report"],
 }
 # Where else than in these files, or wings, a library is not imported; and whether a file may do so at its top.
 LIBRARIES = {

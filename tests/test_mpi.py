@@ -18,7 +18,7 @@ from minirec import files
 from minirec.cli import main
 from minirec.cli.common import INTERRUPTED
 from minirec.training import runs
-from minirec.training.fit import Progress
+from minirec.training.fit import train
 from minirec.training.mpi import Ranks
 
 LAUNCHER = shutil.which("mpiexec") or shutil.which("mpiexec", path=str(Path(sys.executable).parent))
@@ -49,7 +49,7 @@ def test_two_and_four_ranks_train_what_one_does_to_rounding(tmp_path):
         found = last_json(run_mpi(n, *SHORT, "--out", n, "--json", cwd=tmp_path))
         assert found["loss"] == pytest.approx(alone["loss"], rel=1e-6)
         assert found["test"] == pytest.approx(alone["test"], abs=2e-3)
-        assert sorted(f.name for f in (tmp_path / str(n)).iterdir()) == sorted(runs.FILES)
+        assert sorted(f.name for f in (tmp_path / str(n)).iterdir()) == sorted(set(runs.FILES) - {runs.LOG})
 
 
 @needs_mpi
@@ -69,7 +69,7 @@ def test_equal_rank_counts_give_equal_bits_and_a_killed_rank_ends_the_job_that_t
     whole, killed = (files.read_arrays(tmp_path / name / "checkpoint.npz") for name in ("whole", "killed"))
     for name in whole:
         np.testing.assert_array_equal(killed[name], whole[name])
-    assert sorted(f.name for f in (tmp_path / "killed").iterdir()) == sorted(runs.FILES)
+    assert sorted(f.name for f in (tmp_path / "killed").iterdir()) == sorted(set(runs.FILES) - {runs.LOG})
 
 
 @needs_mpi
@@ -78,13 +78,14 @@ def test_a_run_stopped_in_mid_epoch_resumes_over_ranks_to_the_losses_of_an_unbro
     monkeypatch.chdir(tmp_path)
     arguments = (*SHORT, "--epochs", "3", "--out")
     assert run_cli(*arguments, "whole", cwd=tmp_path).returncode == 0
-    take_steps = Progress.take_steps
+    steps = []
 
-    def interrupted(self, on_step, stop):
-        return take_steps(self, on_step, lambda: self.step >= 15)
+    def interrupted(log, settings, folder, resume, on_step, on_epoch, stop, ranks):
+        on_step, stop = lambda *_: steps.append(1), lambda: len(steps) == 15
+        return train(log, settings, folder, resume, on_step, on_epoch, stop, ranks)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Progress, "take_steps", interrupted)
+        patch.setattr("minirec.cli.train.train_model", interrupted)
         assert CliRunner().invoke(main, [*arguments, "run"]).exit_code == INTERRUPTED
     assert files.read_arrays(tmp_path / "run/state.npz")["step"] == 15  # of the second epoch's 13 to 24
     assert run_mpi(n, *arguments, "run", "--resume", cwd=tmp_path).returncode == 0
@@ -156,5 +157,5 @@ def test_a_launcher_without_mpi4py_is_told_what_to_install(tmp_path):
 def test_one_rank_alone_needs_no_mpi():
     x = np.arange(3.0)
     ranks = Ranks()
-    ranks.add_up(x)
-    assert list(x) == [0, 1, 2] and ranks.gather("a") == ["a"] and ranks.share(lambda: 7) == 7
+    ranks.allreduce(x)
+    assert list(x) == [0, 1, 2] and ranks.gather("a") == ["a"] and ranks.broadcast(lambda: 7) == 7

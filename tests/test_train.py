@@ -25,11 +25,12 @@ from minirec.errors import UserError
 from minirec.loss import LOSSES
 from minirec.model import Config, encode, init_parameters
 from minirec.training import ranking, runs
-from minirec.training.fit import best, check_finite, finished, train
+from minirec.training.fit import train
 from minirec.training.mpi import Ranks
 from minirec.training.parallel import Team
+from minirec.training.progress import best, check_finite, finished
 
-FILES = sorted(runs.FILES)
+FILES = sorted(set(runs.FILES) - {runs.LOG})
 DEAD = 77  # an exit status
 
 
@@ -66,7 +67,7 @@ def state_of(folder, name="state.npz"):
 
 def test_a_run_leaves_what_the_contract_says(small, tmp_path):
     log, settings = small
-    records, complete = train(log, settings, tmp_path / "run")
+    records, complete, _ = train(log, settings, tmp_path / "run")
     assert complete and len(records) == 3
     assert sorted(f.name for f in (tmp_path / "run").iterdir()) == FILES
     assert json.loads((tmp_path / "run/items.json").read_text()) == log.items
@@ -79,7 +80,7 @@ def test_a_run_leaves_what_the_contract_says(small, tmp_path):
 
 def test_the_checkpoint_is_the_best_on_validation(small, tmp_path):
     log, settings = small
-    records, _ = train(log, settings, tmp_path / "run")
+    records, *_ = train(log, settings, tmp_path / "run")
     config = runs.model_config(settings)
     parameters = runs.load_parameters(tmp_path / "run", config)
     ranks = ranking.rank_targets(parameters, config, log.sequence, leave_one_out(log).valid)
@@ -107,7 +108,7 @@ def test_a_negative_is_an_item_that_its_own_user_was_not_trained_on(small, tmp_p
     config = Config(8, hidden_size=8, max_length=8, dropout=0)
     settings |= {"model": asdict(config)}
     settings["training"] |= {"loss": "bce", "epochs": 1, "batch_size": 8}  # one step
-    (record,), _ = train(log, settings, tmp_path / "run")
+    (record,), *_ = train(log, settings, tmp_path / "run")
     parameters, losses = init_parameters(config, 1, np.float64), []
     for user in range(8):
         trained = log.history(user)[:-2]
@@ -133,10 +134,10 @@ def test_the_seconds_of_an_epoch_are_those_of_its_steps(small, tmp_path, monkeyp
     monkeypatch.setattr("minirec.training.fit.time.perf_counter", lambda: clock[0])
     monkeypatch.setattr(Team, "compute_gradients", slow(Team.compute_gradients, 2))
     monkeypatch.setattr(Team, "update", slow(Team.update, 0.5))
-    monkeypatch.setattr("minirec.training.fit.rank_targets", slow(ranking.rank_targets, 100))
+    monkeypatch.setattr("minirec.training.progress.rank_targets", slow(ranking.rank_targets, 100))
     stop = stop_after and (lambda: len(steps) >= stop_after)
     train(log, settings, tmp_path / "run", on_step=lambda *_: steps.append(1), stop=stop)
-    records, _ = train(log, settings, tmp_path / "run", resume=True)
+    records, *_ = train(log, settings, tmp_path / "run", resume=True)
     assert [record["train_seconds"] for record in records] == [2.5 * record["steps"] for record in records]
     assert len(records) == 3 and len(steps) == (stop_after or 3 * records[0]["steps"])
 
@@ -146,7 +147,7 @@ def test_stopped_after_any_step_and_resumed_gives_the_same_bits(small, tmp_path,
     log, settings = small
     train(log, settings, tmp_path / "whole")
     steps = []
-    _, complete = train(
+    _, complete, _ = train(
         log, settings, tmp_path / "run", on_step=lambda *_: steps.append(1), stop=lambda: len(steps) >= stop_after
     )
     assert not complete and len(steps) == stop_after
@@ -159,10 +160,10 @@ def test_stopped_after_any_step_and_resumed_gives_the_same_bits(small, tmp_path,
 def test_asked_to_stop_at_the_end_of_the_last_epoch_training_is_complete(small, tmp_path, epochs, patience, last_step):
     log, settings = small
     settings["training"] |= {"epochs": epochs, "patience": patience}
-    whole, _ = train(log, settings, tmp_path / "whole")
+    whole, *_ = train(log, settings, tmp_path / "whole")
     assert last_step or len(whole) < epochs  # out of patience
     steps, last_step = [], last_step or 4 * len(whole)
-    records, complete = train(
+    records, complete, _ = train(
         log, settings, tmp_path / "run", on_step=lambda *_: steps.append(1), stop=lambda: len(steps) >= last_step
     )
     assert complete and len(records) == len(whole)
@@ -213,13 +214,13 @@ def test_stopped_in_mid_epoch_and_resumed_over_ranks_records_the_loss_of_an_unbr
 ):
     monkeypatch.setitem(sys.modules, "mpi4py", SimpleNamespace(MPI=SimpleNamespace(IN_PLACE=None)))
     log, settings = small
-    whole, _ = train(log, settings, tmp_path / "whole")
+    whole, *_ = train(log, settings, tmp_path / "whole")
     stopped = train_over_ranks(n_before, log, settings, tmp_path / "run", stop_after=6)
-    assert [complete for _, complete in stopped] == [False] * n_before
+    assert [complete for _, complete, _ in stopped] == [False] * n_before
     state = files.read_arrays(tmp_path / "run/state.npz")
     assert state["step"] == 6 and whole[0]["steps"] == 4
     resumed = train_over_ranks(n_after, log, settings, tmp_path / "run")
-    for records, complete in resumed:
+    for records, complete, _ in resumed:
         assert complete
         assert [record["loss"] for record in records] == pytest.approx([record["loss"] for record in whole], rel=1e-6)
     assert [r["loss"] for r in files.read_json_lines(tmp_path / "run/metrics.jsonl")] == [r["loss"] for r in records]
@@ -271,7 +272,7 @@ def test_an_epoch_that_was_recorded_is_not_taken_back(small, tmp_path):
     shutil.copytree(tmp_path / "whole", tmp_path / "run")
     (tmp_path / "run/state.previous.npz").replace(tmp_path / "run/state.npz")
     settings["training"]["epochs"] = 2
-    records, complete = train(log, settings, tmp_path / "run", resume=True)
+    records, complete, _ = train(log, settings, tmp_path / "run", resume=True)
     assert complete and len(records) == 3
     assert content(tmp_path / "run") == content(tmp_path / "whole")
 
@@ -355,7 +356,7 @@ def test_a_state_that_will_not_do_is_named_and_the_one_before_goes_on_to_the_sam
     shutil.copytree(tmp_path / "whole", tmp_path / "run")
     damage(tmp_path / "run/state.npz")
     with pytest.warns(UserWarning, match=f"state.npz: .*{named}.*; going on from state.previous.npz"):
-        records, complete = train(log, settings, tmp_path / "run", resume=True)
+        records, complete, _ = train(log, settings, tmp_path / "run", resume=True)
     assert complete and len(records) == 3
     assert content(tmp_path / "run") == content(tmp_path / "whole")
     assert state_of(tmp_path / "run", "state.previous.npz") == state_of(tmp_path / "whole", "state.previous.npz")
@@ -408,7 +409,7 @@ def test_settings_are_the_same_however_they_are_written(small, tmp_path):
     again = json.loads((tmp_path / "run/config.json").read_text())
     again["training"] |= {"lr": 1.0, "epochs": 2, "patience": 3, "workers": 2}
     again["model"]["dropout"] = 0.0
-    records, _ = train(log, again, tmp_path / "run", resume=True)
+    records, *_ = train(log, again, tmp_path / "run", resume=True)
     assert len(records) == 2
 
 
@@ -461,6 +462,8 @@ def test_a_run_that_cannot_be_started_leaves_no_folder(small, tmp_path, monkeypa
 @pytest.mark.parametrize("name", runs.FILES)
 def test_a_link_in_a_run_folder_is_never_written_through(small, tmp_path, name):
     log, settings = small
+    if name == runs.LOG:
+        settings["data"]["path"] = runs.LOG
     train(log, settings, tmp_path / "run")
     shutil.copy(tmp_path / "run" / name, tmp_path / "precious")
     before = (tmp_path / "precious").read_bytes()
@@ -474,7 +477,7 @@ def test_a_link_in_a_run_folder_is_never_written_through(small, tmp_path, name):
     shutil.copy(tmp_path / "precious", tmp_path / "run" / name)
     train(log, settings, tmp_path / "run", resume=True)
     assert (tmp_path / "precious").read_bytes() == before
-    assert sorted(f.name for f in (tmp_path / "run").iterdir()) == FILES
+    assert {f.name for f in (tmp_path / "run").iterdir()} == {*FILES, name}
 
 
 @pytest.mark.parametrize("length, what", [(3, "train"), (2, "validate")])

@@ -20,7 +20,7 @@ python cli.py --help                     all commands; each has a --help of its 
     PROGRAM,
     cls=Commands,
     invoke_without_command=True,
-    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100, "show_default": True},
 )
 @click.version_option(__version__, prog_name="minirec")
 @click.pass_context

@@ -5,23 +5,24 @@ import io
 import json
 import math
 import os
-import platform
 import re
 import shlex
 import sys
 import time
 from contextlib import contextmanager
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import click
-import numpy as np
 
-from minirec import __version__, backend
+from minirec import backend
 from minirec.data.log import FORMATS
 from minirec.data.split import SPLITS
 from minirec.errors import UserError
 from minirec.training import runs
+from minirec.training.fit import load
 from minirec.training.mpi import abort, launched_rank
+from minirec.training.runs import Source, Training
 
 MANY_REPEATS = 0.2  # of the targets; where more are items that the user had before, people buy again
 SIZE = click.IntRange(1, 1 << 24)
@@ -83,9 +84,9 @@ class Commands(click.Group):
     def get_help(self, ctx):
         return as_called(super().get_help(ctx))
 
-    def main(self, *args, **options):
+    def main(self, *args, complete_var="_MINIREC_COMPLETE", **options):
         escape_what_cannot_be_shown()
-        return super().main(*args, **options)
+        return super().main(*args, complete_var=complete_var, **options)
 
     def list_commands(self, ctx):
         return list(self.commands)  # in the order in which a newcomer meets them, not by letter
@@ -128,7 +129,7 @@ def say_json(value):
 
 
 def comma_list(text):
-    return tuple(part.strip() for part in text.split(",")) if text else None
+    return [part.strip() for part in text.split(",")] if text else None
 
 
 def on_terminal():
@@ -162,7 +163,7 @@ data_option = click.option("--data", help="Where the run's log lies now, if it w
 any_data_option = click.option(
     "--data", help="Where the run's log lies now, or another log to take; items are matched by name."
 )
-backend_option = click.option("--backend", type=click.Choice(backend.BACKENDS), default="numpy", show_default=True)
+backend_option = click.option("--backend", type=click.Choice(backend.BACKENDS), default="numpy")
 workers_option = click.option(
     "--workers", type=click.IntRange(min=1), help="How many work at a time [default: all usable cores]."
 )
@@ -178,70 +179,51 @@ def filter_seen_option(default):
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object, nothing else, on stdout.")
 
 
-class Run:
-    """A finished run as the commands need it: settings, log, parameters. Nothing is read before it is used."""
+def opened(folder, command, backend=Training.backend, data=None):
+    """Return the Model of a run folder, of the newest if None; its log is read, under a bar, when it is needed."""
+    if not folder:
+        folder = runs.newest_folder(command)
+        say(f"run {folder}")
+    model = load(folder, backend=backend)
 
-    def __init__(self, folder, command, backend_name="numpy", data=None):
-        self.folder = folder or runs.newest_folder(command)
-        if not folder:
-            say(f"run {self.folder}")
-        self.settings = runs.load_settings(self.folder)
-        self.config = runs.model_config(self.settings)
-        self.xp = backend.load(backend_name)
-        self.parameters = runs.load_parameters(self.folder, self.config, self.xp)
-        self.data, self.another = data, False
+    def read_log():
+        with reading(data or model.settings["data"]["path"]) as update:
+            return runs.load_run_log(model.folder, model.settings, data, update)
 
-    def log(self, source=None):
-        """Return the log that the run was trained on; source: as from runs.find_log, if that was asked already."""
-        source = source or runs.find_log(self.folder, self.settings, self.data)
-        with reading(source["path"]) as update:
-            return runs.load_run_log(self.folder, self.settings, source, update)
+    return replace(model, read_log=read_log)
 
-    def any_log(self, to_split):
-        """Return the log that --data names, or the one that the run was trained on.
 
-        Another one is read as that one was; `another` and settings["data"] then tell of it. to_split: whether it must
-        hold enough to be split, and is filtered for that; else all its users and items stay.
-        """
-        trained_on, source = self.settings["data"], runs.find_log(self.folder, self.settings, self.data, another=True)
-        self.another = source["sha256"] != trained_on["sha256"]
-        if not self.another:
-            return self.log(source)
-        if not to_split and source["k_core"] > 1:
-            say(f"the run's --k-core {source['k_core']} is not applied: users with fewer items get recommendations too")
-        self.settings |= {"data": source if to_split else source | {"k_core": 1}}
-        with reading(source["path"]) as update, self.telling_settings():
-            log = runs.load_log(self.settings["data"], update, to_split)
-        remark(log, source["path"], "")
-        say(
-            f"{source['path']}: another log than {self.folder} was trained on, read as {log.read_as or 'embedded'}: "
-            f"{len(log.users):,} users, {len(log.items):,} items, {len(log.sequence):,} interactions"
-        )
-        return log
+def another_log(model, data, to_split):
+    """Return the Log that --data names, read as the model's was; None where it is the one that was trained on.
 
-    @contextmanager
-    def telling_settings(self):
-        """Add to an error about another log what it is read and split by: its command has no options for that."""
-        try:
-            yield
-        except UserError as error:
-            if not self.another:
-                raise
-            source = self.settings["data"]
-            names = ("columns", "format", "split", "k_core", "drop_repeats")
-            words = given(source | {"columns": ",".join(source["columns"] or ())}, *names) or " no options"
-            how = f"--data {source['path']} is read and split as the log of {self.folder}, with{words}"
-            raise UserError(f"{error}; {how}") from None
+    to_split: whether it must hold enough to be split, and is filtered for that; else all its users and items stay.
+    """
+    source = runs.find_log(model.folder, model.settings, data, another=True)
+    if not data or source["sha256"] == model.settings["data"]["sha256"]:
+        return None
+    if not to_split and source["k_core"] > 1:
+        say(f"the run's --k-core {source['k_core']} is not applied: users with fewer items get recommendations too")
+        source |= {"k_core": 1}
+    with reading(source["path"]) as update, telling_settings(model, data):
+        log = runs.load_log(source, update, to_split)
+    remark(log, source["path"], "")
+    say(
+        f"{source['path']}: another log than {model.folder} was trained on, read as {log.read_as or 'embedded'}: "
+        f"{len(log.users):,} users, {len(log.items):,} items, {len(log.sequence):,} interactions"
+    )
+    return log
 
-    def items(self):
-        return runs.load_items(self.folder, self.config)
 
-    def filter_seen(self, wanted):
-        """Return whether items that the user has had are no candidates; wanted None: as trained."""
-        trained = self.settings["training"]["filter_seen"]
-        if wanted is None and not trained:
-            say("as the run was trained, items that the user has had are candidates (--filter-seen removes them)")
-        return trained if wanted is None else wanted
+@contextmanager
+def telling_settings(model, data):
+    """Add to an error about another log what it is read and split by: its command has no options for that."""
+    try:
+        yield
+    except UserError as error:
+        source = model.settings["data"]
+        words = given(source | {"columns": ",".join(source["columns"] or ())}, *source) or " no options"
+        how = f"--data {data} is read and split as the log of {model.folder}, with{words}"
+        raise UserError(f"{error if data in str(error) else f'{data}: {error}'}; {how}") from None
 
 
 def log_options(command):
@@ -257,12 +239,14 @@ LOG_OPTIONS = [
     click.option(
         "--split",
         type=click.Choice(list(SPLITS)),
-        default="leave-one-out",
-        show_default=True,
+        default=Source.split,
         help="What is held out: each user's last items, or the last tenth of all interactions.",
     ),
     click.option(
-        "--k-core", type=SIZE, default=1, show_default=True, help="Keep users and items with at least so many entries."
+        "--k-core",
+        type=SIZE,
+        default=Source.k_core,
+        help="Keep users and items with at least so many entries.",
     ),
     click.option("--drop-repeats", is_flag=True, help="Count an item that follows itself once."),
 ]
@@ -280,25 +264,19 @@ def given(options, *names):
     return "".join(f" {word}" for word in words)
 
 
-def reading_options(path, options):
-    """Return how a log is read, filtered and split, as runs.load_log takes it."""
-    source = {"path": path, "columns": comma_list(options["columns"])}
-    return source | {name: options[name] for name in ("format", "split", "k_core", "drop_repeats")}
-
-
 def log_source(path, options):
-    """Return the "data" of a run's settings, its fingerprint taken."""
-    source = reading_options(path, options) | {"sha256": runs.fingerprint(path)}
-    if not runs.is_planted(path):
-        source["path"] = os.path.abspath(path)
-    return source
+    """Return the Source of a log that was named on the command line, its fingerprint taken."""
+    names = [option.name for option in LOG_PARAMETERS if option.name != "columns"]
+    how = {name: options[name] for name in names} | {"columns": comma_list(options["columns"])}
+    whole = path if runs.is_planted(path) else os.path.abspath(path)
+    return Source(whole, runs.fingerprint(path), **how)
 
 
 def load_log(source):
     """Return the log that is asked for, under a bar where it is large; a table without times is remarked on."""
-    with reading(source["path"]) as update:
-        log = runs.load_log(source, update)
-    remark(log, source["path"])
+    with reading(source.path) as update:
+        log = runs.load_log(asdict(source), update)
+    remark(log, source.path)
     return log
 
 
@@ -312,10 +290,6 @@ def few(names):
     """Return a list of names as text: the first ones, long ones cut, then how many more there are."""
     shown = ", ".join(repr(name if len(name) <= LONGEST_NAME else name[:LONGEST_NAME] + "...") for name in names[:FEW])
     return shown + (f" and {len(names) - FEW:,} more" if len(names) > FEW else "")
-
-
-def versions():
-    return {"minirec": __version__, "python": platform.python_version(), "numpy": np.__version__}
 
 
 def log_name(path):

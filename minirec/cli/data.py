@@ -3,6 +3,7 @@
 import difflib
 import math
 import shlex
+from dataclasses import asdict
 from pathlib import Path
 
 import click
@@ -15,10 +16,10 @@ from minirec.cli.common import (
     json_option,
     load_log,
     log_options,
+    log_source,
     one_line,
     progress,
     reading,
-    reading_options,
     say,
     say_json,
 )
@@ -32,12 +33,12 @@ from minirec.training import runs
 
 @click.command(cls=Command)
 @click.argument("name", required=False)
-@click.option("--out", type=click.Path(path_type=Path), default="datasets", show_default=True, help="The folder.")
+@click.option("--out", type=click.Path(path_type=Path), default="datasets", help="The folder.")
 def fetch(name, out):
-    """Fetch a public log as OUT/NAME.csv; without NAME, list what there is.
+    """Fetch a public log; without a name, list them.
 
-    A transfer that breaks off goes on with the same command. What may not be downloaded directly, or was
-    downloaded already, is taken from the folder under its publisher's file name.
+    It is written as OUT/NAME.csv. A transfer that breaks off goes on with the same command. What may not be
+    downloaded directly, or was downloaded already, is taken from the folder under its publisher's file name.
 
     \b
     python cli.py fetch ml-100k
@@ -103,9 +104,9 @@ def describe(path, as_json, **options):
     \b
     python cli.py describe ratings.csv --columns who,what,when --k-core 5
     """
-    source = reading_options(path, options)
+    source = log_source(path, options)
     log = load_log(source)
-    result = describe_log(log, runs.split_log(log, {"data": source}), source["drop_repeats"])
+    result = describe_log(log, runs.split_log(log, {"data": asdict(source)}), source.drop_repeats)
     result["study"] = dict(zip(("max_length", "dropout"), studying.sensible(log), strict=True))
     if as_json:
         say_json({"path": path, "read_as": log.read_as} | result)

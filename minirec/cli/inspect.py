@@ -5,7 +5,8 @@ import difflib
 import os
 import re
 import shlex
-from dataclasses import replace
+from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,99 +17,45 @@ from minirec import files
 from minirec.attention import known_weightings
 from minirec.cli.common import (
     Command,
-    Run,
+    another_log,
     any_data_option,
     backend_option,
     data_option,
     few,
     filter_seen_option,
     json_option,
+    opened,
     progress,
     remark_on_repeats,
     run_argument,
     say,
     say_json,
+    telling_settings,
     workers_option,
 )
-from minirec.data.log import renumbered
-from minirec.data.split import Targets
-from minirec.decompose import RATIOS, contributions, summarise
-from minirec.decompose import decompose as decompose_sequences
+from minirec.decompose import RATIOS, contributions
 from minirec.errors import UserError
 from minirec.report import page as reporting
 from minirec.training import runs
-from minirec.training.baselines import rank_baselines
-from minirec.training.fit import SELECTED_BY
 from minirec.training.parallel import usable_cores, worker_map
-from minirec.training.ranking import CUTOFFS, MISS, metrics, rank_targets
+from minirec.training.ranking import CUTOFFS
 from minirec.training.ranking import recommend as recommend_items
+from minirec.training.runs import SELECTED_BY
 
 
-def _evaluate(run, log, config, part, filter_seen, workers):
-    """Return metrics of a run on one part of a log, with how many targets cannot be hit for what reason, and
-    {baseline: metrics} of the rankings by counts; none for another log than that whose training part was trained on."""
-    with run.telling_settings():
-        split = runs.split_log(log, run.settings)
-        wanted = getattr(split, part)
-        if not len(wanted.users):
-            raise UserError(f"{run.settings['data']['path']}: no user has a target for {part}")
-    sequence, cases, ranked, missed = log.sequence, wanted, np.arange(len(wanted.users)), {}
-    if run.another:
-        sequence, cases, ranked, missed = _known_cases(run, log, wanted)
-    ranks, done = np.full(len(wanted.users), MISS), 0
-    with worker_map(workers or usable_cores(), run.xp) as run_map, progress("ranking", len(ranked)) as update:
-        for chunk in rank_targets(run.parameters, config, sequence, cases, filter_seen, run_map):
-            ranks[ranked[done : done + len(chunk)]] = chunk
-            done += len(chunk)
-            update(len(chunk))
-    unreachable, result = int((ranks[ranked] >= MISS).sum()), metrics(ranks)
-    counted = {} if run.another else _count(log, split, part, filter_seen, result[SELECTED_BY])
-    return {"split": part} | result | {"users": len(ranks), "unreachable": unreachable} | missed, counted
-
-
-def _count(log, split, part, filter_seen, reached):
-    """Return {baseline: metrics} of the rankings by counts; say which of them beat `reached`, the model's metric."""
-    ranks = rank_baselines(log, split, getattr(split, part), filter_seen)
-    counted = {name: metrics(found) for name, found in ranks.items()}
+def remark_on_counts(result, counted):
+    """Say which rankings by counts beat a model; result, counted: metrics of the model, and of each baseline."""
+    reached, part = result[SELECTED_BY], result["split"]
     if better := {name: m[SELECTED_BY] for name, m in counted.items() if m[SELECTED_BY] > reached}:
         names = " and ".join(f"{name} ({value:.4f})" for name, value in better.items())
         say(f"counting beats the model: {part} {SELECTED_BY} {reached:.4f}, by {names}")
-    return counted
 
 
-def _known_cases(run, log, cases):
-    """Return, of the cases of another log, those that the run's model can rank; say how many others there are.
-
-    They come as sequence and Targets in the model's numbering, and as places among all cases; then the numbers of
-    the others as {what is unknown: so many}.
-    """
-    known, moved = _known_part(run, log, run.items())
-    starts, stops = moved[cases.starts], moved[cases.stops]
-    has_target, has_history = moved[cases.stops + 1] > stops, stops > starts
-    ranked = np.flatnonzero(has_target & has_history)
-    missed = {"unknown_targets": int((~has_target).sum()), "unknown_histories": int((has_target & ~has_history).sum())}
-    for count, what in zip(missed.values(), ("targets are", "histories before a known target are all"), strict=True):
-        if count:
-            say(f"{count:,} of {len(starts):,} {what} unknown to the model: they count as misses")
-    return known.sequence, Targets(cases.users[ranked], starts[ranked], stops[ranked]), ranked, missed
-
-
-def _known_part(run, log, items):
-    """Return what data.renumbered does of another log than the run's, and say how much is left out."""
-    known, moved = renumbered(log, items)
-    path, left_out = run.settings["data"]["path"], len(log.sequence) - len(known.sequence)
-    if not len(known.sequence):
-        raise UserError(
-            f"{path}: the model of {run.folder} knows none of its {len(log.items):,} items, such as "
-            f"{log.items[0]!r}; those that it knows look like {items[0]!r}"
-        )
-    if left_out:
-        n_unknown = len(set(log.items).difference(items))
-        say(
-            f"{n_unknown:,} of its {len(log.items):,} items are unknown to the model: "
-            f"left out, with {left_out:,} of {len(log.sequence):,} interactions"
-        )
-    return known, moved
+def filters_seen(model, wanted):
+    """Return whether items that the user has had are no candidates, as wanted or as trained; say where they are."""
+    if wanted is None and not model.filters_seen(None):
+        say("as the run was trained, items that the user has had are candidates (--filter-seen removes them)")
+    return model.filters_seen(wanted)
 
 
 def metrics_table(part, columns):
@@ -127,7 +74,7 @@ def metrics_table(part, columns):
 @click.command(cls=Command)
 @run_argument
 @any_data_option
-@click.option("--split", type=click.Choice(["valid", "test"]), default="test", show_default=True)
+@click.option("--split", type=click.Choice(["valid", "test"]), default="test")
 @filter_seen_option(None)
 @click.option("--attn", type=click.Choice(known_weightings()), help="Replace the trained weighting.")
 @click.option("--attn-blocks", metavar="I,J", help="Replace it in these blocks only; 0 is the first.")
@@ -148,31 +95,32 @@ def evaluate(run, data, split, filter_seen, attn, attn_blocks, backend, workers,
     """
     if attn_blocks is not None and not attn:
         raise click.UsageError("--attn-blocks says where; --attn must say what to put there.")
-    run = Run(run, "evaluate", backend, data)
-    config = run.config
+    model = opened(run, "evaluate", backend, data)
     if attn:
-        config = replace(config, attn=_substitute(config, attn, attn_blocks))
-    filter_seen = run.filter_seen(filter_seen)
-    result, counted = _evaluate(run, run.any_log(to_split=True), config, split, filter_seen, workers)
+        model = model.with_attention(attn, _block_numbers(attn_blocks, model.config.n_blocks))
+    filter_seen = filters_seen(model, filter_seen)
+    log = another_log(model, data, to_split=True)
+    with telling_settings(model, data) if log else nullcontext():
+        result = model.evaluate(log, split, filter_seen, workers, partial(progress, "ranking"))
+    remark_on_counts(result, result["baselines"])
     remark_on_repeats(result["unreachable"], result["users"])
     if as_json:
-        say_json(result | {"attn": list(config.weightings), "filter_seen": filter_seen, "baselines": counted})
+        say_json(result)
     else:
-        weightings = "+".join(config.weightings if len(set(config.weightings)) > 1 else config.weightings[:1])
-        click.echo(metrics_table(split, {weightings: result} | counted))
+        weightings = dict.fromkeys(result["attn"])
+        names = "+".join(result["attn"] if len(weightings) > 1 else weightings)
+        click.echo(metrics_table(split, {names: result} | result["baselines"]))
 
 
-def _substitute(config, attn, attn_blocks):
-    """Return the weightings of all blocks with `attn` in the blocks named "0,1", or everywhere."""
-    if attn_blocks is None:
-        return (attn,) * config.n_blocks
-    weightings = list(config.weightings)
-    for text in attn_blocks.split(","):
-        text = text.strip()
-        if text not in map(str, range(config.n_blocks)):
-            raise click.UsageError(f"--attn-blocks: {text!r} is no block; this run has 0 to {config.n_blocks - 1}.")
-        weightings[int(text)] = attn
-    return tuple(weightings)
+def _block_numbers(text, n_blocks):
+    """Return the numbers in "0,1"; None for None, which stands for all blocks."""
+    if text is None:
+        return None
+    words = [word.strip() for word in text.split(",")]
+    for word in words:
+        if word not in map(str, range(n_blocks)):
+            raise click.UsageError(f"--attn-blocks: {word!r} is no block; this run has 0 to {n_blocks - 1}.")
+    return [int(word) for word in words]
 
 
 @click.command(cls=Command)
@@ -192,17 +140,11 @@ def decompose(run, data, out, backend, workers, as_json):
     \b
     python cli.py decompose --out decomposition     with arrays and heatmaps
     """
-    run = Run(run, "decompose", backend, data)
-    log = run.log()
-    wanted = runs.split_log(log, run.settings).test
-    histories = [log.sequence[a:b] for a, b in zip(wanted.starts, wanted.stops, strict=True)]
-    n_tokens = int(np.minimum(wanted.stops - wanted.starts, run.config.max_length).sum())
-    with worker_map(workers or usable_cores(), run.xp) as run_map, progress("decomposing", n_tokens) as update:
-        result = decompose_sequences(run.parameters, run.config, histories, run_map, update)
-    summary = summarise(result)
+    model = opened(run, "decompose", backend, data)
+    result = model.decompose(workers, partial(progress, "decomposing"))
+    summary = result["summary"]
     if out:
-        users = np.array([log.users[u] for u in wanted.users])
-        _write_decomposition(out, result, users)
+        _write_decomposition(out, result)
     if as_json:
         say_json(summary)
         return
@@ -216,12 +158,12 @@ def decompose(run, data, out, backend, workers, as_json):
         click.echo(f"{title:>14}" + "".join(f"{text:>18}" for text in texts))
 
 
-def _write_decomposition(folder, result, users):
+def _write_decomposition(folder, result):
     """Write decomposition.npz and, where matplotlib is there, heatmaps.png."""
     from minirec.studies import plots as figures
 
     files.make_folder(folder)
-    arrays = {"users": users[result["sequences"]], "positions": result["positions"]}
+    arrays = {"users": result["users"], "positions": result["positions"]}
     for i, block in enumerate(result["blocks"]):
         arrays |= {f"blocks.{i}.{name}": block[name] for name in (*RATIOS, "entropy", "attention", "contribution")}
     files.write_arrays(folder / "decomposition.npz", arrays)
@@ -240,7 +182,7 @@ def _write_decomposition(folder, result, users):
 @click.option("--history", metavar="A,B,C", help="Item ids, oldest first, instead of a user.")
 @click.option("--users", metavar="FILE", help="The users that a file names, one a line; needs --out.")
 @click.option("--all", "everyone", is_flag=True, help="All users of the log; needs --out.")
-@click.option("--top", type=click.IntRange(min=1), default=10, show_default=True, help="How many items.")
+@click.option("--top", type=click.IntRange(min=1), default=10, help="How many items.")
 @click.option("--explain", is_flag=True, help="Show which history items the prediction is made of.")
 @click.option("--out", type=click.Path(path_type=Path, dir_okay=False), help="The CSV file for --all and --users.")
 @filter_seen_option(None)
@@ -267,34 +209,29 @@ def recommend(run, data, user, history, users, everyone, top, explain, out, filt
         raise click.UsageError("--explain is a table of one history, not for --all, --users or --json.")
     if data and history is not None:
         raise click.UsageError("--data is for users of a log; --history needs none.")
-    run = Run(run, "recommend", backend, data)
-    items, filter_seen = run.items(), run.filter_seen(filter_seen)
+    model = opened(run, "recommend", backend, data)
+    filter_seen = filters_seen(model, filter_seen)
     if many:
-        summary = _recommend_many(run, items, users, top, out, filter_seen, workers)
+        summary = _recommend_many(model, data, users, top, out, filter_seen, workers)
         if as_json:
             say_json(summary)
         return
     if history is not None:
-        sequence, left_out = _known_items(history, items)
-        result = {"history": [items[i] for i in sequence]}
+        sequence, left_out = _known_items(history, model.items)
+        result = {"history": [model.items[i] for i in sequence]}
     else:
-        user, sequence, left_out = _user_history(run, items, user)
+        user, sequence, left_out = _user_history(model, data, user)
         result = {"user": user}
-    ((order, scores),) = recommend_items(run.parameters, run.config, [sequence], top, filter_seen=filter_seen)
-    if np.isneginf(scores[0]).all():
+    best = [{"item": item, "score": score} for item, score in model.recommend(sequence, top, filter_seen)]
+    if not best:
         say("nothing to recommend: the history holds every item")
-    best = [
-        {"item": items[item], "score": float(score)}
-        for item, score in zip(order[0], scores[0], strict=True)
-        if score > -np.inf
-    ]
     if as_json:
         say_json(result | {"left_out": left_out, "recommendations": best})
         return
     for rank, row in enumerate(best, 1):
         click.echo(f"{rank:4d}  {row['item']:<30} {row['score']:8.3f}")
     if explain:
-        _explain(run, sequence, items)
+        _explain(model, sequence)
 
 
 def _known_items(history, items):
@@ -323,17 +260,18 @@ def _known_items(history, items):
     return known, len(unknown)
 
 
-def _known_histories(run, items):
-    """Return the log to recommend from in the run's numbering of items, and the lengths [U] of its whole histories."""
-    log = run.any_log(to_split=False)
-    lengths = np.diff(log.offsets)
-    return (_known_part(run, log, items)[0] if run.another else log), lengths
+def _known_histories(model, data):
+    """Return the Log to recommend from, in the model's numbering of items, and the lengths [U] of whole histories."""
+    log = another_log(model, data, to_split=False)
+    whole = log or model.log
+    with telling_settings(model, data) if log else nullcontext():
+        return model.known_part(log)[0] if log else whole, np.diff(whole.offsets)
 
 
-def _user_history(run, items, user):
+def _user_history(model, data, user):
     """Return a user's name, their history in the run's numbering of items, and how many items of it are left out."""
-    log, lengths = _known_histories(run, items)
-    path = run.settings["data"]["path"]
+    log, lengths = _known_histories(model, data)
+    path = data or model.settings["data"]["path"]
     user = log.users[0] if user is None else user
     if user not in log.users:
         near = difflib.get_close_matches(user, log.users, 1)
@@ -349,18 +287,19 @@ def _user_history(run, items, user):
     return user, sequence, left_out
 
 
-def _recommend_many(run, items, names_path, top, out, filter_seen, workers):
+def _recommend_many(model, data, names_path, top, out, filter_seen, workers):
     """Write user,rank,item,score for all users of the log, or for those that a file names; return what --json says.
 
     They are written as they are ranked: nothing here grows with their number but a number for each.
     """
-    for path in filter(None, (names_path, run.data or run.settings["data"]["path"])):
+    log_path = data or model.settings["data"]["path"]
+    for path in filter(None, (names_path, log_path)):
         if os.path.exists(path) and os.path.exists(out) and os.path.samefile(path, out):
             raise UserError(f"{out}: is read from; choose another --out")
-    log, _ = _known_histories(run, items)
+    log, _ = _known_histories(model, data)
     users, unknown = np.arange(len(log.users)), 0
     if names_path is not None:
-        users, unknown = _named_users(names_path, log, run.settings["data"]["path"])
+        users, unknown = _named_users(names_path, log, log_path)
     known = np.diff(log.offsets)[users] > 0
     if not known.all():
         names = [log.users[u] for u in users[~known]]
@@ -369,26 +308,26 @@ def _recommend_many(run, items, names_path, top, out, filter_seen, workers):
             raise UserError(text)
         say(text)
     shown = users[known]
-    written = files.write(out, lambda file: _write_lists(file, run, log, items, shown, top, filter_seen, workers))
+    written = files.write(out, lambda file: _write_lists(file, model, log, shown, top, filter_seen, workers))
     if without := int(known.sum()) - written:
         say(f"no list for {without:,} of {len(users):,} users, who have had every item")
     say(f"wrote {out}: {written:,} users")
     return {"out": str(out), "users": written, "left_out": len(users) - written + unknown}
 
 
-def _write_lists(file, run, log, items, users, top, filter_seen, workers):
+def _write_lists(file, model, log, users, top, filter_seen, workers):
     """Write the rows of some users, by their numbers in the log, to a file; return for how many there was a list."""
     writer = csv.writer(SimpleNamespace(write=lambda text: file.write(text.encode())), lineterminator="\n")
     writer.writerow(("user", "rank", "item", "score"))
     histories = (log.history(u) for u in users)
     done = written = 0
-    with worker_map(workers or usable_cores(), run.xp) as run_map, progress("recommending", len(users)) as update:
-        for order, scores in recommend_items(run.parameters, run.config, histories, top, run_map, filter_seen):
+    with worker_map(workers or usable_cores(), model.xp) as run_map, progress("recommending", len(users)) as update:
+        for order, scores in recommend_items(model.parameters, model.config, histories, top, run_map, filter_seen):
             chunk = users[done : done + len(order)]  # no iterator: zip would take a user too many from it
             for user, row, row_scores in zip(chunk, order, scores, strict=True):
                 for rank, (item, score) in enumerate(zip(row, row_scores, strict=True), 1):
                     if score > -np.inf:
-                        writer.writerow((log.users[user], rank, items[item], f"{score:.4f}"))
+                        writer.writerow((log.users[user], rank, model.items[item], f"{score:.4f}"))
                 written += row_scores[0] > -np.inf
             done += len(order)
             update(len(order))
@@ -421,14 +360,16 @@ def _unquoted(line):
     return text[1:-1].replace('""', '"') if len(text) > 1 and text[0] == text[-1] == '"' else text
 
 
-def _explain(run, sequence, items, most=10):
+def _explain(model, sequence, most=10):
     """Print the AttnResLN contribution norms to the latest position, as shares a block."""
-    shares = [norms[-1] / max(norms[-1].sum(), 1e-30) for norms in contributions(run.parameters, run.config, sequence)]
-    recent = sequence[-run.config.max_length :]
+    shares = [
+        norms[-1] / max(norms[-1].sum(), 1e-30) for norms in contributions(model.parameters, model.config, sequence)
+    ]
+    recent = sequence[-model.config.max_length :]
     click.echo(f"\n{'share of the last position':<36}" + "".join(f"{'block ' + str(i):>9}" for i in range(len(shares))))
     for j in sorted(range(len(recent)), key=lambda j: -sum(share[j] for share in shares))[:most]:
         ago = len(recent) - 1 - j
-        name = f"{items[recent[j]]} ({ago} back)" if ago else f"{items[recent[j]]} (latest)"
+        name = f"{model.items[recent[j]]} ({ago} back)" if ago else f"{model.items[recent[j]]} (latest)"
         click.echo(f"      {name:<30}" + "".join(f"{share[j]:9.1%}" for share in shares))
 
 
@@ -455,8 +396,8 @@ def report(run, data, out):
             raise click.UsageError("--data is for the log of a run; the page of a study needs none.")
         found = reporting.describe_study(folder)
     else:
-        run = Run(folder, "report", data=data)
-        found = reporting.describe_run(folder, run.settings, run.parameters, run.log(), progress)
+        model = opened(folder, "report", data=data)
+        found = reporting.describe_run(folder, model.settings, model.parameters, model.log, progress)
     page = reporting.page(found)
     # A link is followed where a person named it, never where it lay in a folder that may be a stranger's.
     write, out = (files.write, out) if out else (files.replace, folder / "report.html")

@@ -60,8 +60,8 @@ def gradcheck(attn, backend):
 
 
 @click.command(cls=Command)
-@click.option("--attn", type=click.Choice(known_weightings()), default="softmax", show_default=True)
-@click.option("--seed", type=click.IntRange(min=0), default=tracing.SEED, show_default=True, help="Of the parameters.")
+@click.option("--attn", type=click.Choice(known_weightings()), default="softmax")
+@click.option("--seed", type=click.IntRange(min=0), default=tracing.SEED, help="Of the parameters.")
 def trace(attn, seed):
     """What does the model compute? Every number of one tiny step.
 

@@ -2,7 +2,6 @@
 
 import time
 from contextlib import nullcontext
-from dataclasses import asdict
 from pathlib import Path
 
 import click
@@ -30,9 +29,7 @@ from minirec.cli.common import (
     remark_on_repeats,
     say,
     say_json,
-    versions,
 )
-from minirec.cli.train import TRAINING_OPTIONS, train
 from minirec.data import planted
 from minirec.data.describe import count_unreachable
 from minirec.data.split import training_windows
@@ -43,6 +40,7 @@ from minirec.studies.statistics import JUDGED_BY, METRICS, import_scipy, mean_g
 from minirec.training import runs
 from minirec.training.mpi import launched_rank
 from minirec.training.parallel import usable_cores
+from minirec.training.runs import Training
 
 EPOCHS, EPOCHS_EMBEDDED = 200, 100  # of a study: the embedded datasets must show their regimes in minutes
 
@@ -51,9 +49,9 @@ EPOCHS, EPOCHS_EMBEDDED = 200, 100  # of a study: the embedded datasets must sho
 @click.option("--data", multiple=True, help="A log; give it once a log [default: the embedded datasets].")
 @log_options
 @click.option("--attn", type=click.Choice(known_weightings()), multiple=True, help="Weightings [default: all].")
-@click.option("--seeds", type=click.IntRange(1, 1000), default=3, show_default=True, help="Runs of each weighting.")
+@click.option("--seeds", type=click.IntRange(1, 1000), default=3, help="Runs of each weighting.")
 @click.option("--epochs", type=click.IntRange(min=1), help="At most so many [default: 200; embedded datasets 100].")
-@click.option("--patience", type=click.IntRange(min=1), default=10, show_default=True, help="Epochs without a gain.")
+@click.option("--patience", type=click.IntRange(min=1), default=Training.patience, help="Epochs without a gain.")
 @click.option("--max-length", type=SIZE, help="Latest items kept [default: 200 for long histories, else 50].")
 @click.option("--dropout", type=Number(0, 1, max_open=True), help="[default: 0.2 for dense logs, else 0.5].")
 @backend_option
@@ -138,14 +136,9 @@ def _study_dataset(path, options):
     length, rate = studying.sensible(log)
     length, rate = options["max_length"] or length, rate if options["dropout"] is None else options["dropout"]
     epochs = options["epochs"] or (EPOCHS_EMBEDDED if runs.is_planted(path) else EPOCHS)
-    settings = {
-        "data": source,
-        "model": asdict(Config(len(log.items), max_length=length, dropout=rate)),
-        "training": {param.name: param.default for param in train.params if param.name in TRAINING_OPTIONS}
-        | {"epochs": epochs, "protocol": runs.PROTOCOL}
-        | {name: options[name] for name in ("patience", "backend", "filter_seen")},
-        "versions": versions(),
-    }
+    config = Config(len(log.items), max_length=length, dropout=rate)
+    training = Training(epochs=epochs, **{name: options[name] for name in ("patience", "backend", "filter_seen")})
+    settings = runs.make_settings(source, config, training)
     split = runs.split_log(log, settings)
     say(
         f"{log_name(path)}: {len(log.users):,} users, {len(log.items):,} items, {len(log.sequence):,} interactions; "
@@ -154,7 +147,7 @@ def _study_dataset(path, options):
     if options["filter_seen"]:
         remark_on_repeats(count_unreachable(log, split.test), len(split.test.users))
     if not len(split.test.users) or not len(training_windows(log, split, length)[0]):
-        raise UserError(f"{path}: too small for a {source['split']} split: no user to test on, or nothing to train on")
+        raise UserError(f"{path}: too small for a {source.split} split: no user to test on, or nothing to train on")
     return studying.Dataset(log_name(path), log, settings)
 
 

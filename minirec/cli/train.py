@@ -5,7 +5,8 @@ import signal
 import threading
 import time
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict
+from dataclasses import fields, replace
+from functools import partial
 from pathlib import Path
 
 import click
@@ -17,7 +18,6 @@ from minirec.cli.common import (
     SIZE,
     Command,
     Number,
-    Run,
     backend_option,
     filter_seen_option,
     json_option,
@@ -30,57 +30,57 @@ from minirec.cli.common import (
     remark_on_repeats,
     say,
     say_json,
-    versions,
     workers_option,
 )
-from minirec.cli.inspect import _evaluate, metrics_table
+from minirec.cli.inspect import metrics_table, remark_on_counts
 from minirec.data.describe import count_unreachable
 from minirec.data.split import training_windows
 from minirec.errors import UserError
 from minirec.loss import LOSSES
 from minirec.model import Config
 from minirec.training import runs
-from minirec.training.fit import SELECTED_BY, best
+from minirec.training.fit import load, print_epoch, workers_for
 from minirec.training.fit import train as train_model
-from minirec.training.mpi import launched_ranks
-from minirec.training.parallel import usable_cores
+from minirec.training.mpi import launched_rank, launched_ranks
+from minirec.training.progress import best
+from minirec.training.runs import SELECTED_BY, Training
 
 DEFAULT_DATA = "household"
-TRAINING_OPTIONS = ("loss", "negatives", "epochs", "batch_size", "lr", "patience", "seed", "backend", "filter_seen")
 
 
 @click.command(cls=Command)
-@click.option("--data", default=DEFAULT_DATA, show_default=True, help="A log of interactions, or the embedded dataset.")
+@click.option("--data", default=DEFAULT_DATA, help="A log of interactions, or the embedded dataset.")
 @log_options
 @backend_option
-@click.option(
-    "--attn", type=click.Choice(known_weightings()), default="softmax", show_default=True, help="Attention weighting."
-)
+@click.option("--attn", type=click.Choice(known_weightings()), default=Config.attn, help="Attention weighting.")
 @click.option(
     "--loss",
     type=click.Choice(LOSSES),
-    default="ce",
-    show_default=True,
+    default=Training.loss,
     help="ce: all items; sampled: softmax over target and --negatives; bce: one unseen negative a position.",
 )
-@click.option("--negatives", type=SIZE, default=1024, show_default=True, help="For --loss sampled.")
-@click.option("--epochs", type=click.IntRange(min=1), default=200, show_default=True, help="At most so many.")
-@click.option("--batch-size", type=SIZE, default=128, show_default=True, help="Sequences a step.")
-@click.option("--max-length", type=SIZE, default=50, show_default=True, help="Latest items kept.")
-@click.option("--hidden", type=SIZE, default=64, show_default=True, help="Hidden size D.")
-@click.option("--blocks", type=click.IntRange(1, 1000), default=2, show_default=True)
-@click.option("--heads", type=SIZE, default=2, show_default=True, help="They divide --hidden.")
-@click.option("--dropout", type=Number(0, 1, max_open=True), default=0.5, show_default=True)
-@click.option("--lr", type=Number(0, min_open=True), default=1e-3, show_default=True, help="Learning rate of Adam.")
-@click.option("--patience", type=click.IntRange(min=1), default=10, show_default=True, help="Epochs without a gain.")
-@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True)
+@click.option("--negatives", type=SIZE, default=Training.negatives, help="For --loss sampled.")
+@click.option("--epochs", type=click.IntRange(min=1), default=Training.epochs, help="At most so many.")
+@click.option("--batch-size", type=SIZE, default=Training.batch_size, help="Sequences a step.")
+@click.option("--max-length", type=SIZE, default=Config.max_length, help="Latest items kept.")
+@click.option("--hidden", type=SIZE, default=Config.hidden_size, help="Hidden size D.")
+@click.option("--blocks", type=click.IntRange(1, 1000), default=Config.n_blocks)
+@click.option("--heads", type=SIZE, default=Config.n_heads, help="They divide --hidden.")
+@click.option("--dropout", type=Number(0, 1, max_open=True), default=Config.dropout)
+@click.option("--lr", type=Number(0, min_open=True), default=Training.lr, help="Learning rate of Adam.")
+@click.option(
+    "--patience",
+    type=click.IntRange(min=1),
+    default=Training.patience,
+    help="Epochs without a gain.",
+)
+@click.option("--seed", type=click.IntRange(min=0), default=Training.seed)
 @workers_option
-@filter_seen_option(True)
+@filter_seen_option(Training.filter_seen)
 @click.option(
     "--mpi-buffers",
     type=click.Choice(["host", "device"]),
     default="host",
-    show_default=True,
     help="device: under mpiexec with a GPU, where MPI reads its memory.",
 )
 @click.option("--out", type=click.Path(path_type=Path), help="The run folder [default: a new one below runs/].")
@@ -99,12 +99,12 @@ def train(ctx, out, resume, as_json, mpi_buffers, **options):
     began = time.perf_counter()
     ranks = launched_ranks(mpi_buffers)
     if ranks.size > 1 and not (out or resume):
-        out = ranks.share(lambda: runs.new_folder(log_name(options["data"]), options["attn"]))
+        out = ranks.broadcast(lambda: runs.new_folder(log_name(options["data"]), options["attn"]))
     folder = out or (runs.newest_folder("resume", ("config.json",)) if resume else None)
     given = ctx.get_parameter_source("data") is not ParameterSource.DEFAULT
     before = runs.load_settings(folder) if resume and os.path.exists(folder / "config.json") else None
     if before:
-        _take_over(ctx, options, before)
+        _take_over(ctx, options, before, folder)
         runs.find_log(folder, before, options["data"] if given else None)
     elif resume and all(ctx.get_parameter_source(name) is ParameterSource.DEFAULT for name in options):
         raise UserError(f"{folder}: no run to go on with; start it with the options that it is to have")
@@ -118,14 +118,9 @@ def train(ctx, out, resume, as_json, mpi_buffers, **options):
         raise click.UsageError(str(error)) from None
     log = load_log(source)
     config = Config(len(log.items), *sizes)
-    workers = options["workers"] or max(1, usable_cores() // ranks.size)
-    settings = {
-        "data": source,
-        "model": asdict(config),
-        "training": {name: options[name] for name in TRAINING_OPTIONS}
-        | {"workers": workers, "protocol": runs.PROTOCOL},
-        "versions": versions(),
-    }
+    training = {option.name: options[option.name] for option in fields(Training)}
+    training["workers"] = training["workers"] or workers_for(ranks)
+    settings = runs.make_settings(source, config, Training(**training))
     folder = folder or runs.new_folder(log_name(options["data"]), config.attn)
     split = runs.split_log(log, settings)
     say(f"{options['data']}: {len(log.users):,} users, {len(log.items):,} items, {len(log.sequence):,} interactions")
@@ -139,7 +134,7 @@ def train(ctx, out, resume, as_json, mpi_buffers, **options):
     try:
         # Ranks would not stop at the same step: an interrupt ends them all at once.
         with interruptible() if ranks.size == 1 else nullcontext(threading.Event()) as asked_to_stop:
-            records, complete = _train_with_progress(log, settings, folder, resume, asked_to_stop, ranks)
+            records, complete, _ = _train_with_progress(log, settings, folder, resume, asked_to_stop, ranks)
     except MemoryError:  # CuPy's is one too
         half = f"--batch-size {max(1, options['batch_size'] // 2)}"
         raise UserError(f"out of memory; start a new run with {half}, or a smaller --max-length or --hidden") from None
@@ -152,8 +147,10 @@ def train(ctx, out, resume, as_json, mpi_buffers, **options):
         say("training has come to its end; only the test is left")
 
     chosen = best(records)
-    run = Run(folder, "train", options["backend"])
-    test, counted = _evaluate(run, log, config, "test", options["filter_seen"], workers)
+    model = replace(load(folder, backend=training["backend"]), read_log=lambda: log)
+    test = model.evaluate(workers=training["workers"], progress=partial(progress, "ranking"))
+    counted, *_ = (test.pop(name) for name in ("baselines", "attn", "filter_seen"))
+    remark_on_counts(test, counted)
     say(f"{time.perf_counter() - began:.0f} s; kept epoch {chosen['epoch']} of {len(records)}, the best on validation")
     if as_json:
         totals = {name: sum(record[name] for record in records) for name in ("steps", "train_seconds")}
@@ -165,7 +162,7 @@ def train(ctx, out, resume, as_json, mpi_buffers, **options):
         say("next: python cli.py evaluate --attn uniform; python cli.py decompose; python cli.py recommend")
 
 
-def _take_over(ctx, options, settings):
+def _take_over(ctx, options, settings, folder):
     """Set the options that were not given on the command line to what a run was started with."""
     model, data = settings["model"], settings["data"]
     source = {name: data[name] for name in ("format", "split", "k_core", "drop_repeats")}
@@ -173,7 +170,7 @@ def _take_over(ctx, options, settings):
         settings["training"]
         | source
         | {
-            "data": data["path"],
+            "data": str(folder / runs.LOG) if data["path"] == runs.LOG else data["path"],
             "columns": ",".join(data["columns"] or ()) or None,
             "hidden": model["hidden_size"],
             "blocks": model["n_blocks"],
@@ -226,11 +223,8 @@ def _train_with_progress(log, settings, folder, resume, asked_to_stop, ranks):
             records.append(record)
             if terminal:
                 update(1)
-            else:
-                say(
-                    f"epoch {record['epoch']:3d}  loss {record['loss']:.4f}  valid HR@10 {record['HR@10']:.4f} "
-                    f"{SELECTED_BY} {record[SELECTED_BY]:.4f}  {record['train_seconds']:.1f} s"
-                )
+            elif not launched_rank():
+                print_epoch(record)
 
         stop = asked_to_stop.is_set if ranks.size == 1 else None
         return train_model(log, settings, folder, resume, on_step, on_epoch, stop, ranks)

@@ -39,8 +39,8 @@ from minirec.parameters import sub_dict
 from minirec.studies.grid import COMPARED, describe_mixing, verdict
 from minirec.studies.statistics import METRICS, MIXES_ABOVE, mean_g, published, regime
 from minirec.training import runs
-from minirec.training.fit import best, finished
 from minirec.training.parallel import usable_cores, worker_map
+from minirec.training.progress import best, finished
 from minirec.training.ranking import MISS, metrics, rank_targets, recommend
 
 USERS = 50  # to pick from; fewer where histories are long

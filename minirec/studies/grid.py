@@ -33,8 +33,9 @@ from minirec.packing import spans
 from minirec.studies.statistics import JUDGED_BY, METRICS, compare, doubts, judge, mean_g, regime
 from minirec.training import runs
 from minirec.training.baselines import rank_baselines
-from minirec.training.fit import best, finished, train
+from minirec.training.fit import train
 from minirec.training.parallel import PROCESSES, die_with_parent, worker_map
+from minirec.training.progress import best, finished
 from minirec.training.ranking import MISS, metrics, rank_targets, user_values
 
 COMPARED = {"weighting": ("softmax", "uniform"), "integration": ("uniform", "identity")}
@@ -118,7 +119,7 @@ def execute(job, on_epoch=None, stop=None):
     log, settings = job.dataset.log, job.settings()
     with contextlib.suppress(OSError):  # one that does not count must not come to count as this run's
         (job.folder / "analysis.json").unlink()
-    _, complete = train(log, settings, job.folder, resume=True, on_epoch=on_epoch, stop=stop)
+    _, complete, _ = train(log, settings, job.folder, resume=True, on_epoch=on_epoch, stop=stop)
     return complete and analyse(log, settings, job.folder, stop)
 
 

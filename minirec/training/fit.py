@@ -1,230 +1,369 @@
-"""The training loop: epochs, early stopping on validation, a run folder that can be resumed.
+"""Training: the loop, where one can see it; `fit`, which calls it; and Model, what comes out.
 
-Symbols: P parameters, S steps an epoch.
+Symbols: P parameters, S steps an epoch, M evaluated users, L positions.
 
-Everything random is derived from (seed, epoch) or (seed, step), never from a generator that lives
-on, so a run that stops anywhere and is resumed ends in the same bits as one that did not stop.
+Everything random is derived from (seed, epoch) or (seed, step), never from a generator that lives on. So a run that
+stops anywhere and is resumed ends in the same bits as one that did not stop.
 """
 
+import sys
 import time
 import warnings
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
 
 import numpy as np
 
-from minirec import backend, files
-from minirec.data.split import Targets, batches, seen_items, training_windows
+from minirec import backend, decompose, files, model
+from minirec.backend import load as load_backend
+from minirec.data.log import filter_log, renumbered
+from minirec.data.split import SPLITS, Targets, batches, seen_items, training_windows
 from minirec.errors import UserError
-from minirec.parameters import init_parameters, parameter_count, unflatten
+from minirec.parameters import Config
 from minirec.training import runs
-from minirec.training.parallel import Memory, Sampling, Team, worker_map
-from minirec.training.ranking import metrics, rank_targets
-from minirec.training.runs import SELECTED_BY
+from minirec.training.baselines import rank_baselines
+from minirec.training.mpi import launched_ranks
+from minirec.training.parallel import Sampling, Team, usable_cores, worker_map
+from minirec.training.progress import Progress
+from minirec.training.ranking import MISS, metrics, rank_targets, recommend
+from minirec.training.runs import SELECTED_BY, Source, Training
+
+UNKNOWN = MISS + 1  # the rank of a target that the model does not know
 
 
-def train(log, settings, folder, resume=False, on_step=None, on_epoch=None, stop=None, ranks=None):
-    """Train a model and keep the best on validation in a run folder.
+def train(log, settings, folder=None, resume=False, on_step=None, on_epoch=None, stop=None, ranks=None):
+    """Train a model; the parameters that count are those of the epoch that is best on validation.
 
-    log: data.Log; settings: what config.json holds (see runs); folder: the run's pathlib.Path;
-    resume: go on from its state.npz, where it has one. on_step(epoch, i, n_steps, loss) is called
-    after each step, its loss a 0-d array on the device; on_epoch(record) after each epoch, with the
-    line of metrics.jsonl; stop() is asked after each step and ends training there when true. ranks: the
-    mpi.Ranks that train together, of which the first one writes; on_step's loss is then an estimate from
-    this rank's share, and stop, where it is given, must end all ranks at the same step.
-    Returns the records of all epochs and whether training came to its end (False: it was stopped).
-    Raises UserError for a log without training data, a folder that cannot be used, a loss that is
-    not finite.
+    log: Log, filtered; settings: what config.json holds (see runs); folder: a pathlib.Path to keep the run in, None for
+    none; resume: go on from what the folder keeps, if anything. on_step(epoch, i, n_steps, loss) is called after each
+    step, its loss a 0-d array on the device; on_epoch(record) after each epoch, with the line of metrics.jsonl; stop()
+    is asked after each step and ends training there when true. ranks: the mpi.Ranks that train together, of which
+    the first one writes; on_step's loss is then an estimate from this rank's share, and stop, where it is given, must
+    end all ranks at the same step.
+    Returns the records of all epochs, whether training came to its end (False: it was stopped), and the parameters
+    {name: array} on the host. Raises UserError for a log without training data, a folder that cannot be used, a loss
+    that is not finite.
     """
     config, training = runs.model_config(settings), settings["training"]
-    xp = backend.load(training["backend"])
     split = runs.split_log(log, settings)
-    if not len(split.valid.users):
-        raise UserError("nothing to validate on: no user has as many as three interactions, of which two are held out")
-    windows = training_windows(log, split, config.max_length)
-    if not len(windows[0]):
-        raise UserError(
-            "nothing to train on: no user has two interactions besides those held out for validation and test"
-        )
-    sampling = None
-    if training["loss"] != "ce":
-        largest_batch = training["batch_size"] * (config.max_length + 1)
-        seen = seen_items(log, split) if training["loss"] == "bce" else None
-        if seen:
-            check_negatives(seen, len(log.items))
-        sampling = Sampling(training["loss"], training["negatives"], seen, log.offsets, largest_batch)
-
+    starts, lengths = training_windows(log, split, config.max_length)
+    check_trainable(starts, split)
+    n_steps = -(-len(starts) // training["batch_size"])
     # The workers start first: they must not inherit, and outlive, the lock on the run folder.
+    xp, sampling = load_backend(training["backend"]), sampling_for(log, split, config, training)
     team = Team(config, log.sequence, xp, training["workers"], sampling, ranks)
-    writes = team.ranks.rank == 0
-    with team, runs.opened(folder, resume) if writes else nullcontext():
-        run = Progress(settings, folder, team, windows)
-        if writes:
-            files.write_json(folder / "config.json", settings)
-            files.write_json(folder / "items.json", log.items)
+    with team, runs.opened(folder, resume) if folder and team.ranks.rank == 0 else nullcontext():
+        run = Progress(settings, folder, team, n_steps, log)  # at its beginning, or where it was stopped
         while not run.complete():
-            if not run.take_steps(on_step, stop):
-                break
-            run.close_epoch(log.sequence, split.valid)
+            epoch = len(run.records) + 1
+            order = batches(len(starts), training["batch_size"], training["seed"], epoch)
+            for i in range(run.step % n_steps, n_steps):
+                began = time.perf_counter()
+                run.step += 1
+                run.losses[i] = team.compute_gradients(
+                    starts[order[i]], lengths[order[i]], (training["seed"], run.step)
+                )
+                team.update(run.step, training["lr"])  # Adam
+                run.seconds += time.perf_counter() - began
+                if on_step:
+                    on_step(epoch, i + 1, n_steps, run.losses[i] * team.ranks.size)
+                if i + 1 < n_steps and stop and stop():
+                    run.keep_unfinished(i + 1)
+                    return run.records, False, run.best_parameters()
+            run.close_epoch(metrics(run.rank_validation(log.sequence, split.valid)))
             if on_epoch:
                 on_epoch(run.records[-1])
             if stop and stop():
                 break
-        return run.records, run.complete()
+        return run.records, run.complete(), run.best_parameters()
 
 
-def check_negatives(seen, n_items):
-    """Warn of users who were trained on all items, so that none is unseen; raise UserError where there is one item.
-
-    seen: data.Seen.
-    """
-    if n_items < 2:
-        raise UserError("--loss bce needs a second item as the negative, and this log has one item: use --loss ce")
-    n_seen = np.diff(seen.offsets)
-    if n_without := int((n_seen == n_items).sum()):
-        warnings.warn(
-            f"--loss bce: {n_without:,} of {len(n_seen):,} users were trained on all {n_items:,} items, so their "
-            "negatives are any items but the target",
-            stacklevel=3,
-        )
-
-
-class Progress:
-    """A run under way, in its folder: how far it is, the losses of its current epoch, its records so far.
-
-    settings, folder: as in train; team: the workers, whose parameters it sets; windows: starts and
-    lengths of the training inputs.
-    """
-
-    def __init__(self, settings, folder, team, windows):
-        self.settings, self.folder, self.team = settings, folder, team
-        self.config, self.training = runs.model_config(settings), settings["training"]
-        self.starts, self.lengths = windows
-        self.n_steps = -(-len(self.starts) // self.training["batch_size"])
-        state, self.loaded, self.records, self.recorded = team.ranks.share(self.load)
-        for name in Memory.NAMES:
-            getattr(team, name)[...] = backend.to_device(state[name], team.xp)
-        # The ranks' losses add up to a step's: those of the steps before are in the first rank's alone.
-        losses = state["losses"] if team.ranks.rank == 0 else np.zeros(self.n_steps)
-        self.losses = backend.to_device(losses, team.xp)
-        self.step, self.seconds = int(state["step"]), float(state["seconds"])  # steps in all, seconds of this epoch
-
-    def load(self):
-        """Return the state to go on from and its file's name (see runs.load_state), the records of the epochs before
-        it, and how many records there are."""
-        state, name = runs.load_state(self.folder, self.settings, self.n_steps)
-        state = state or initial_state(self.config, self.training["seed"], self.n_steps)
-        records = runs.load_records(self.folder, int(state["step"]) // self.n_steps)
-        return state, name, records, len(files.read_json_lines(self.folder / "metrics.jsonl"))
-
-    def complete(self):
-        """Whether training has come to its end.
-
-        Killed between the writes that end an epoch, a run repeats it: its parameters may be the checkpoint already.
-        """
-        return len(self.records) >= self.recorded and finished(self.records, self.training)
-
-    def take_steps(self, on_step, stop):
-        """Take the steps that are left of the current epoch; return False where stop() ended them."""
-        seed, epoch = self.training["seed"], self.step // self.n_steps + 1
-        epoch_batches = batches(len(self.starts), self.training["batch_size"], seed, epoch)
-        for i in range(self.step % self.n_steps, self.n_steps):
-            batch = epoch_batches[i]
-            began = time.perf_counter()
-            self.step += 1
-            self.losses[i] = self.team.compute_gradients(self.starts[batch], self.lengths[batch], (seed, self.step))
-            self.team.update(self.step, self.training["lr"])
-            self.seconds += time.perf_counter() - began
-            if on_step:
-                on_step(epoch, i + 1, self.n_steps, self.losses[i] * self.team.ranks.size)
-            if i + 1 < self.n_steps and stop and stop():
-                losses = self.summed_losses()
-                self.check_finite(losses[: i + 1])
-                if self.team.ranks.rank == 0:
-                    self.save_state(losses)
-                    if not self.records:
-                        self.save_checkpoint()
-                return False
-        return True
-
-    def summed_losses(self):
-        """Return the losses of this epoch's steps, [S] on the host, added up over all ranks."""
-        losses = backend.to_host(self.losses).copy()  # waits for the device: all steps are done after it
-        self.team.ranks.add_up(losses)
-        return losses
-
-    def close_epoch(self, sequence, valid):
-        """Rank the validation targets, add the epoch's record, keep the parameters if they are the best so far."""
-        began = time.perf_counter()
-        losses = self.summed_losses()
-        self.seconds += time.perf_counter() - began
-        self.check_finite(losses)
-        parameters, ranks = unflatten(self.team.parameters, self.config), self.team.ranks
-        share = Targets(*(column[ranks.rank :: ranks.size] for column in valid))
-        filter_seen = self.training["filter_seen"]
-        with worker_map(self.training["workers"], self.team.xp) as run_map:
-            own = list(rank_targets(parameters, self.config, sequence, share, filter_seen, run_map))
-        found = np.empty(len(valid.stops), np.int64)
-        for rank, part in enumerate(ranks.gather(own)):
-            found[rank :: ranks.size] = np.concatenate(part) if part else []
-        epoch = {"epoch": len(self.records) + 1, "loss": float(losses.mean()), "steps": self.n_steps}
-        self.records.append(epoch | {"train_seconds": self.seconds} | metrics(found))
-        self.seconds = 0.0
-        if ranks.rank > 0:
-            return
-        # The record comes before the checkpoint that it tells of, and the state comes last: a run that is killed before
-        # it repeats this epoch, to the same bits.
-        files.write_json_lines(self.folder / "metrics.jsonl", self.records)
-        if best(self.records) is self.records[-1]:
-            self.save_checkpoint()
-        self.save_state(losses)
-
-    def check_finite(self, losses):
-        """Raise UserError where a loss of this epoch's steps so far, or a parameter after them, is not finite."""
-        finite = bool(self.team.xp.isfinite(self.team.parameters).all())
-        check_finite(losses if finite else np.append(losses, np.nan), self.step - len(losses), self.training)
-
-    def save_checkpoint(self):
-        flat = backend.to_host(self.team.parameters)
-        files.write_arrays(self.folder / "checkpoint.npz", unflatten(flat, self.config))
-
-    def save_state(self, losses):
-        arrays = {name: backend.to_host(getattr(self.team, name)) for name in Memory.NAMES}
-        arrays |= {"losses": losses, "step": np.int64(self.step)}
-        arrays |= {"seconds": np.float64(self.seconds)}
-        runs.save_state(self.folder, self.settings, arrays, keep_previous=self.loaded != runs.STATES[1])
-        self.loaded = runs.STATES[0]
-
-
-def initial_state(config, seed, n_steps):
-    """Return the state of a run before its first step, on the host (see runs.load_state)."""
-    flat = np.concatenate([value.reshape(-1) for value in init_parameters(config, seed).values()])
-    zeros = np.zeros(parameter_count(config), np.float32)
-    return {
-        "parameters": flat,
-        "first_moment": zeros,
-        "second_moment": zeros.copy(),
-        "losses": np.zeros(n_steps),
-        "step": 0,
-        "seconds": 0.0,
-    }
-
-
-def best(records):
-    """Return the epoch's record with the highest validation score, the first of equals."""
-    return max(records, key=lambda record: record[SELECTED_BY])
-
-
-def finished(records, training):
-    """Whether all epochs are done, or `patience` of them have passed since the best one."""
-    n = len(records)
-    return n >= training["epochs"] or (n > 0 and n - best(records)["epoch"] >= training["patience"])
-
-
-def check_finite(losses, steps_before, training):
-    """Raise UserError where one of an epoch's losses is NaN or infinite, naming the first such step."""
-    bad = np.flatnonzero(~np.isfinite(losses))
-    if len(bad):
+def check_trainable(starts, split):
+    """Raise UserError where a log has nothing to train on, or nothing to validate on."""
+    if not len(split.valid.users):
+        raise UserError("nothing to validate on: no user has as many as three interactions, of which two are held out")
+    if not len(starts):
         raise UserError(
-            f"the loss is {losses[bad[0]]} at step {steps_before + bad[0] + 1} (lr {training['lr']}, "
-            f"seed {training['seed']}): try a smaller --lr; what earlier epochs reached is kept"
+            "nothing to train on: no user has two interactions besides those held out for validation and test"
         )
+
+
+def sampling_for(log, split, config, training):
+    """Return the Sampling that a loss needs; None for the full cross-entropy.
+
+    With "bce", warns of users who were trained on all items, so that none is unseen; raises UserError where there is
+    one item.
+    """
+    if training["loss"] == "ce":
+        return None
+    seen = None
+    if training["loss"] == "bce":
+        if len(log.items) < 2:
+            raise UserError("--loss bce needs a second item as the negative, and this log has one item: use --loss ce")
+        seen = seen_items(log, split)
+        n_seen = np.diff(seen.offsets)
+        if n_without := int((n_seen == len(log.items)).sum()):
+            warnings.warn(
+                f"--loss bce: {n_without:,} of {len(n_seen):,} users were trained on all {len(log.items):,} items, so "
+                "their negatives are any items but the target",
+                stacklevel=3,
+            )
+    largest_batch = training["batch_size"] * (config.max_length + 1)
+    return Sampling(training["loss"], training["negatives"], seen, log.offsets, largest_batch)
+
+
+# From a log to a model
+
+
+def print_epoch(record):
+    """Print an epoch's record as a line on stderr."""
+    print(
+        f"epoch {record['epoch']:3d}  loss {record['loss']:.4f}  valid HR@10 {record['HR@10']:.4f} "
+        f"{SELECTED_BY} {record[SELECTED_BY]:.4f}  {record['train_seconds']:.1f} s",
+        file=sys.stderr,
+    )
+
+
+def fit(
+    log,
+    attn=Config.attn,
+    seed=Training.seed,
+    folder=None,
+    *,
+    split=Source.split,
+    k_core=Source.k_core,
+    drop_repeats=Source.drop_repeats,
+    max_length=Config.max_length,
+    hidden=Config.hidden_size,
+    blocks=Config.n_blocks,
+    heads=Config.n_heads,
+    dropout=Config.dropout,
+    loss=Training.loss,
+    negatives=Training.negatives,
+    epochs=Training.epochs,
+    batch_size=Training.batch_size,
+    lr=Training.lr,
+    patience=Training.patience,
+    filter_seen=Training.filter_seen,
+    backend=Training.backend,
+    workers=None,
+    resume=False,
+    on_epoch=print_epoch,
+):
+    """Train on a Log, and return the Model that is best on validation.
+
+    The options are those of `train`, which explains them. folder: a run folder to keep, which `load` and the command
+    line read; None: nothing is written. resume: go on with the run that the folder holds. on_epoch(record) is called
+    after each epoch; None: in silence.
+    """
+    log = filter_log(log, k_core, drop_repeats)
+    config = Config(len(log.items), hidden, blocks, heads, max_length, dropout, attn)
+    ranks = launched_ranks()
+    training = Training(
+        loss, negatives, epochs, batch_size, lr, patience, seed, backend, filter_seen, workers or workers_for(ranks)
+    )
+    source = Source(runs.LOG, log.sha256(), split=split, k_core=k_core, drop_repeats=drop_repeats)
+    settings = runs.make_settings(source, config, training)
+    folder = Path(folder) if folder else None
+    records, _, parameters = train(log, settings, folder, resume, on_epoch=on_epoch, ranks=ranks)
+    return Model(config, parameters, log.items, settings, records, lambda: log, folder)
+
+
+def load(folder, data=None, backend=Training.backend):
+    """Return the Model of a run folder; data: where its log lies now, if that was moved.
+
+    Raises UserError where the folder holds no run, or what it holds is damaged.
+    """
+    folder = Path(folder)
+    settings = runs.load_settings(folder)
+    config = runs.model_config(settings)
+    parameters = runs.load_parameters(folder, config, load_backend(backend))
+    items, records = runs.load_items(folder, config), runs.load_records(folder)
+    return Model(
+        config, parameters, items, settings, records, lambda: runs.load_run_log(folder, settings, data), folder
+    )
+
+
+def workers_for(ranks):
+    """Return how many workers a process takes where nobody says: all usable cores, shared with the other ranks."""
+    return max(1, usable_cores() // ranks.size)
+
+
+# What comes out
+
+
+@contextmanager
+def silent(length):
+    """Yield a function of a number that does nothing: where nobody wants to see progress."""
+    yield lambda n: None
+
+
+@dataclass
+class Model:
+    """A trained model: what the pure functions need, and their results at hand.
+
+    with_attention and log have no cost until they are used. Remarks on what was left out are warnings.
+    """
+
+    config: Config
+    parameters: dict  # {name: array}, on NumPy or CuPy
+    items: list  # V names, in the model's numbering
+    settings: dict  # as config.json holds them (see runs)
+    records: list = field(repr=False)  # one an epoch, as in metrics.jsonl
+    read_log: object = field(repr=False)  # () -> the Log that it was trained on, filtered
+    folder: Path | None = None
+
+    @cached_property
+    def log(self):
+        """The Log that the model was trained on, filtered; one that lies in a file is read when it is first needed."""
+        return self.read_log()
+
+    @property
+    def xp(self):
+        return backend.get_array_module(self.parameters["item_embedding"])
+
+    def with_attention(self, attn, blocks=None):
+        """Return the Model with other attention weights substituted: everything else stays as it was trained.
+
+        attn: a name from attention.known_weightings(); blocks: numbers of the blocks, from 0; None: all.
+        """
+        places = range(self.config.n_blocks) if blocks is None else list(blocks)
+        if not set(places) <= set(range(self.config.n_blocks)):
+            raise UserError(f"blocks {blocks}: the model has blocks 0 to {self.config.n_blocks - 1}")
+        weightings = tuple(attn if i in places else own for i, own in enumerate(self.config.weightings))
+        return replace(self, config=replace(self.config, attn=weightings), read_log=lambda: self.log)
+
+    def evaluate(self, log=None, part="test", filter_seen=None, workers=None, progress=silent):
+        """Rank the targets of a log among all items; return metrics and counts, as `evaluate --json` prints them.
+
+        log: another Log than the one that was trained on, split alike, its items matched by name: targets that the
+        model does not know are misses. part: "valid" or "test". filter_seen: whether items that the user had before
+        are no candidates; None: as trained. workers: threads; None: all usable cores. progress(n): a context whose
+        value is called with the number of targets that were ranked since.
+        """
+        filter_seen = self.filters_seen(filter_seen)
+        another = log is not None
+        log, split, ranks, missed = self._rank(log, part, filter_seen, workers, progress)
+        result = {"split": part} | metrics(ranks) | {"users": len(ranks), "unreachable": int((ranks == MISS).sum())}
+        result |= missed | {"attn": list(self.config.weightings), "filter_seen": filter_seen, "baselines": {}}
+        if not another:
+            counted = rank_baselines(log, split, getattr(split, part), filter_seen)
+            result["baselines"] = {name: metrics(found) for name, found in counted.items()}
+        return result
+
+    def ranks(self, part="test", workers=None):
+        """Return the rank [M] of each target of the log that was trained on: 0 = best, ranking.MISS = no candidate."""
+        return self._rank(None, part, self.filters_seen(None), workers, silent)[2]
+
+    def filters_seen(self, wanted):
+        """Return whether items that the user had before are no candidates; wanted None: as trained."""
+        return self.settings["training"]["filter_seen"] if wanted is None else wanted
+
+    def _rank(self, log, part, filter_seen, workers, progress):
+        """Return the Log, its Split, the ranks [M] of its targets, and {what the model does not know: so many}."""
+        another, missed = log is not None, {}
+        source = self.settings["data"]
+        log = filter_log(log, source["k_core"], source["drop_repeats"]) if another else self.log
+        split = SPLITS[source["split"]](log) if another else runs.split_log(log, self.settings)
+        targets = getattr(split, part)
+        if not len(targets.users):
+            raise UserError(f"no user has a target for {part}")
+        sequence, ranked = log.sequence, np.arange(len(targets.users))
+        if another:
+            sequence, known, ranked, missed = self._known_targets(log, targets)
+        else:
+            known = targets
+        ranks, done = np.full(len(targets.users), UNKNOWN), 0
+        with worker_map(workers or usable_cores(), self.xp) as run, progress(len(ranked)) as update:
+            for chunk in rank_targets(self.parameters, self.config, sequence, known, filter_seen, run):
+                ranks[ranked[done : done + len(chunk)]] = chunk
+                done += len(chunk)
+                update(len(chunk))
+        return log, split, ranks, missed
+
+    def _known_targets(self, log, targets):
+        """Return, of the targets of another log, those that the model can rank; warn of how many others there are.
+
+        They come as sequence and Targets in the model's numbering, and as places among all targets; then the numbers of
+        the others as {what is unknown: so many}.
+        """
+        known, moved = self.known_part(log)
+        starts, stops = moved[targets.starts], moved[targets.stops]
+        has_target, has_history = moved[targets.stops + 1] > stops, stops > starts
+        ranked = np.flatnonzero(has_target & has_history)
+        missed = {"unknown_targets": ~has_target, "unknown_histories": has_target & ~has_history}
+        missed = {name: int(count.sum()) for name, count in missed.items()}
+        for count, what in zip(
+            missed.values(), ("targets are", "histories before a known target are all"), strict=True
+        ):
+            if count:
+                tell(f"{count:,} of {len(starts):,} {what} unknown to the model: they count as misses")
+        return known.sequence, Targets(targets.users[ranked], starts[ranked], stops[ranked]), ranked, missed
+
+    def known_part(self, log):
+        """Return what data.log.renumbered does of another log, and warn of how much is left out."""
+        known, moved = renumbered(log, self.items)
+        left_out = len(log.sequence) - len(known.sequence)
+        if not len(known.sequence):
+            raise UserError(
+                f"the model knows none of its {len(log.items):,} items, such as {log.items[0]!r}; "
+                f"those that it knows look like {self.items[0]!r}"
+            )
+        if left_out:
+            n_unknown = len(set(log.items).difference(self.items))
+            tell(
+                f"{n_unknown:,} of its {len(log.items):,} items are unknown to the model: "
+                f"left out, with {left_out:,} of {len(log.sequence):,} interactions"
+            )
+        return known, moved
+
+    def history(self, history):
+        """Return a history as item numbers: names are looked up, those that the model does not know left out."""
+        numbers = {name: i for i, name in enumerate(self.items)}
+        given = list(history)
+        known = [numbers.get(item, -1) if isinstance(item, str) else int(item) for item in given]
+        if any(not -1 <= item < len(self.items) for item in known):
+            raise UserError(f"item numbers go from 0 to {len(self.items) - 1}")
+        unknown = [item for item, number in zip(given, known, strict=True) if number == -1]
+        if len(unknown) == len(given):
+            raise UserError(f"the model knows none of these items; those that it knows look like {self.items[0]!r}")
+        if unknown:
+            tell(f"left out, unknown to the model: {', '.join(map(repr, unknown[:3]))}")
+        return np.array([number for number in known if number >= 0])
+
+    def recommend(self, history, k=10, filter_seen=None):
+        """Return the k best items after a history, oldest item first, as [(name, score)], best first."""
+        sequence, filter_seen = self.history(history), self.filters_seen(filter_seen)
+        ((order, scores),) = recommend(self.parameters, self.config, [sequence], k, filter_seen=filter_seen)
+        pairs = zip(order[0], scores[0], strict=True)
+        return [(self.items[item], float(score)) for item, score in pairs if score > -np.inf]
+
+    def attention(self, history):
+        """Return the attention matrices of a history's latest items, [H, L, L] a block."""
+        return model.attention_matrices(self.parameters, self.config, self.history(history))
+
+    def decompose(self, workers=None, progress=silent):
+        """Return decompose.decompose of the test users' histories, with their names as "users" and a "summary"."""
+        test = runs.split_log(self.log, self.settings).test
+        histories = [self.log.sequence[a:b] for a, b in zip(test.starts, test.stops, strict=True)]
+        n_tokens = int(np.minimum(test.stops - test.starts, self.config.max_length).sum())
+        with worker_map(workers or usable_cores(), self.xp) as run, progress(n_tokens) as update:
+            result = decompose.decompose(self.parameters, self.config, histories, run, update)
+        names = np.array([self.log.users[u] for u in test.users])
+        return result | {"users": names[result["sequences"]], "summary": decompose.summarise(result)}
+
+    def save(self, folder):
+        """Write a run folder, its log in it: `load` gives this model again, and the same numbers."""
+        folder, log = Path(folder), self.log
+        source = self.settings["data"] | {"path": runs.LOG, "sha256": log.sha256(), "format": None, "columns": None}
+        with runs.opened(folder, resume=False):
+            runs.write_settings(folder, self.settings | {"model": asdict(self.config), "data": source}, log)
+            files.write_json_lines(folder / "metrics.jsonl", self.records)
+            files.write_arrays(folder / "checkpoint.npz", {n: backend.to_host(x) for n, x in self.parameters.items()})
+
+
+def tell(text):
+    """Say a remark of ours: a line on stderr on the command line, a warning elsewhere."""
+    warnings.warn(text, stacklevel=3)

@@ -36,7 +36,7 @@ class Ranks:
         self.communicator, self.buffers = communicator, buffers
         self.rank, self.size = (communicator.rank, communicator.size) if communicator else (0, 1)
 
-    def add_up(self, x):
+    def allreduce(self, x):
         """Replace array x by its sum over all ranks, in place."""
         if self.size == 1:
             return
@@ -55,7 +55,7 @@ class Ranks:
         """Return the values of all ranks, in order, on each of them."""
         return self.communicator.allgather(value) if self.size > 1 else [value]
 
-    def share(self, compute):
+    def broadcast(self, compute):
         """Return compute() of rank 0 on all ranks."""
         if self.size == 1:
             return compute()

@@ -367,6 +367,6 @@ class Team:
         lanes = len(self.gradients)
         if self.ranks.size > 1:
             self._all("sum_up")
-            self.ranks.add_up(self.gradients[0, : self.lead.gradient_size])
+            self.ranks.allreduce(self.gradients[0, : self.lead.gradient_size])
             lanes = 1
         self._all("update", step, learning_rate, lanes)

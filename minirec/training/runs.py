@@ -6,6 +6,7 @@
     checkpoint.npz       the parameters that did best on validation
     state.npz            all that resuming needs
     state.previous.npz   the state before that one, should it be damaged
+    log.npz              the log, where it was no file but an object in memory
 
 Files are written and read as in files.py: whole or not at all, and as data. No path in a file but the log's
 is followed, and that only while the log's fingerprint still matches.
@@ -17,12 +18,14 @@ import hashlib
 import json
 import math
 import os
+import platform
 import warnings
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import numpy as np
 
-from minirec import files
+from minirec import __version__, files
 from minirec.backend import BACKENDS
 from minirec.data import log as data
 from minirec.data import planted, split
@@ -32,6 +35,7 @@ from minirec.files import (
     locked,
     make_folder,
     opened_arrays,
+    read_arrays,
     read_json,
     read_json_lines,
     write_arrays,
@@ -40,12 +44,54 @@ from minirec.loss import LOSSES
 from minirec.parameters import Config, parameter_count, parameter_shapes
 
 STATES = ("state.npz", "state.previous.npz")  # the newest first
-FILES = ("config.json", "items.json", "metrics.jsonl", "checkpoint.npz", *STATES)
+LOG = "log.npz"
+FILES = ("config.json", "items.json", "metrics.jsonl", "checkpoint.npz", LOG, *STATES)
 RUNS = Path("runs")
 # What settings mean. 1: all matrices N(0, 0.02); a temporal split whose validation began elsewhere; bce whose negatives
 # could be seen items.
 PROTOCOL = 2
 SELECTED_BY = "NDCG@10"  # on validation: it picks the checkpoint and stops the run
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a log comes from, how it is read, filtered and split; the "data" of a run's settings."""
+
+    path: str  # a file, the name of a planted dataset, or LOG: it is kept in the run's folder
+    sha256: str = ""
+    format: str | None = None  # None: recognised by content
+    columns: list | None = None
+    split: str = "leave-one-out"
+    k_core: int = 1
+    drop_repeats: bool = False
+
+
+@dataclass(frozen=True)
+class Training:
+    """How a model is trained; the "training" of a run's settings."""
+
+    loss: str = "ce"  # one of loss.LOSSES
+    negatives: int = 1024  # for the loss "sampled"
+    epochs: int = 200  # at most so many
+    batch_size: int = 128  # sequences a step
+    lr: float = 1e-3  # learning rate of Adam
+    patience: int = 10  # epochs without a gain on validation, after which training ends
+    seed: int = 0
+    backend: str = "numpy"
+    filter_seen: bool = True  # whether items that a user has had are no candidates
+    workers: int = 1
+
+
+def make_settings(source, config, training):
+    """Return the settings of a run, as config.json holds them. Raises UserError where one of them cannot be."""
+    settings = {
+        "data": asdict(source),
+        "model": asdict(config),
+        "training": asdict(training) | {"protocol": PROTOCOL},
+        "versions": {"minirec": __version__, "python": platform.python_version(), "numpy": np.__version__},
+    }
+    check_settings(settings)
+    return settings
 
 
 # Folders
@@ -119,6 +165,8 @@ def fingerprint(path):
     """Return the SHA-256 of a log's file, or of a planted dataset's content."""
     if is_planted(path):
         return planted.DATASETS[path]().sha256()
+    if os.path.basename(path) == LOG:
+        return read_kept_log(path).sha256()
     near = difflib.get_close_matches(str(path), planted.DATASETS, 1)
     return files.fingerprint(path, f"; did you mean {near[0]}?" if near else "")
 
@@ -130,6 +178,8 @@ def load_log(source, progress=None, to_split=True):
     """
     if is_planted(source["path"]):
         log = planted.DATASETS[source["path"]]()
+    elif os.path.basename(source["path"]) == LOG:
+        log = read_kept_log(source["path"])
     else:
         log = data.read_log(source["path"], source["format"], source["columns"], progress, to_split)
     return data.filter_log(log, source["k_core"], source["drop_repeats"])
@@ -196,14 +246,21 @@ def load_settings(folder):
     settings = read_json(folder / "config.json", LARGEST_CONFIG)
     try:
         settings["training"].setdefault("filter_seen", True)
-        for part, rules in SETTINGS.items():
-            for name, rule in rules.items():
-                if not rule(settings[part].get(name)):
-                    raise ValueError(f"{part} {name}: {settings[part].get(name)!r:.80}")
+        check_settings(settings)
         model_config(settings)
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
+    except (KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{folder / 'config.json'}: not a run's settings ({error})") from None
+    except UserError as error:
+        raise UserError(f"{folder / 'config.json'}: {error}") from None
     return settings
+
+
+def check_settings(settings):
+    """Raise UserError where a value is none that a run's settings can have."""
+    for part, rules in SETTINGS.items():
+        for name, rule in rules.items():
+            if not rule(settings[part].get(name)):
+                raise UserError(f"not a run's settings ({part} {name}: {settings[part].get(name)!r:.80})")
 
 
 def model_config(settings):
@@ -243,6 +300,34 @@ def load_items(folder, config):
     return items
 
 
+def write_settings(folder, settings, log):
+    """Write what a run begins with: config.json, items.json and, where the log lies nowhere else, log.npz."""
+    files.write_json(folder / "config.json", settings)
+    files.write_json(folder / "items.json", log.items)
+    if settings["data"]["path"] == LOG:
+        values = {part.name: getattr(log, part.name) for part in fields(log)}
+        write_arrays(folder / LOG, {name: np.asarray(x) for name, x in values.items() if x is not None})
+
+
+def read_kept_log(path):
+    """Return the Log that write_settings wrote. Raises UserError where what the file holds is none."""
+    arrays = read_arrays(path)
+    try:
+        values = {part.name: arrays[part.name] for part in fields(data.Log) if part.name in arrays}
+        log = data.Log(**{n: x if n in ("offsets", "sequence", "times") else x.tolist() for n, x in values.items()})
+        ends, names = [0, *log.offsets[1:-1], len(log.sequence)], [*log.users, *log.items]
+        fits = (
+            len(log.offsets) == len(log.users) + 1 and np.array_equal(log.offsets, ends) and (np.diff(ends) >= 0).all()
+        )
+        fits &= log.sequence.dtype == np.int32 and log.sequence.min() >= 0 and log.sequence.max() < len(log.items)
+        fits &= log.times is None or log.times.shape == log.sequence.shape
+        if not fits or any(not isinstance(name, str) or data.CONTROL.search(name) for name in names):
+            raise ValueError("its arrays do not fit")
+    except (TypeError, ValueError, AttributeError, IndexError) as error:
+        raise UserError(f"{path}: damaged: not a log ({error})") from None
+    return log
+
+
 def find_log(folder, settings, data_path=None, another=False):
     """Return where a run's log lies, as load_log takes it; data_path: where it lies now, if not where it was.
 
@@ -250,6 +335,8 @@ def find_log(folder, settings, data_path=None, another=False):
     UserError where it is not the log that is wanted: nothing but its fingerprint is looked at before.
     """
     source = settings["data"] | ({"path": data_path} if data_path else {})
+    if os.path.basename(source["path"]) == LOG and not data_path:
+        source["path"] = str(folder / LOG)
     try:
         found = fingerprint(source["path"])
     except UserError as error:
@@ -260,12 +347,12 @@ def find_log(folder, settings, data_path=None, another=False):
     return source | {"sha256": found}
 
 
-def load_run_log(folder, settings, source=None, progress=None):
-    """Return the Log that a run was trained on, read again; source: as from find_log, which is asked if None.
+def load_run_log(folder, settings, data_path=None, progress=None):
+    """Return the Log that a run was trained on, read again and filtered; data_path: see find_log.
 
     progress: see data.read_log.
     """
-    log = load_log(source or find_log(folder, settings), progress)
+    log = load_log(find_log(folder, settings, data_path), progress)
     if log.items != load_items(folder, model_config(settings)):
         raise UserError(f"{folder / 'items.json'}: its items are not those of the log")
     return log
