@@ -143,10 +143,20 @@ class Tuned(SASRec):
 
     def forward(self, flat, starts, lengths):
         """Mean loss over the valid positions of a batch (see padded)."""
+        return self.loss(*self.lay_out(flat, starts, lengths))
+
+    def lay_out(self, flat, starts, lengths):
+        """Return items, positions [B, L], rows and targets [N] of the valid positions, on the model's device."""
         items, positions, targets, valid = padded(flat, starts, lengths, int(lengths.max()), left=False)
+        rows = valid.flatten().nonzero()[:, 0]  # found on the host, so that a GPU need not be waited for
+        device = self.item_embedding.weight.device
+        return tuple(x.to(device) for x in (items, positions, rows, targets[valid]))
+
+    def loss(self, items, positions, rows, targets):
+        """Mean loss of what lay_out returns."""
         x = self.encode(items, positions, self.attend)
-        logits = x[valid] @ self.item_embedding.weight.T  # [N, V]
-        return F.cross_entropy(logits, targets[valid])
+        logits = x.flatten(0, 1).index_select(0, rows) @ self.item_embedding.weight.T  # [N, V]
+        return F.cross_entropy(logits, targets)
 
     def attend(self, q, k, v):
         """q, k, v [B, H, L, K] (q and k None: uniform) -> [B, H, L, K]; no padded key comes before a valid query."""

@@ -70,15 +70,30 @@ class Problem:
     batches: list  # for each step, indices [B] into starts and lengths
 
 
-def synthetic_log(seed=0):
-    """Return a Log of Beauty's shape (Amazon, 5-core): 22,363 users, 12,101 items, about 197,000 interactions.
+def beauty_lengths(rng, n):
+    """5 plus a heavy tail: quartiles 5, 6 or 7, 9; 99 % below 40."""
+    return 5 + (6.5 * rng.pareto(2.5, n)).astype(int)
 
-    Lengths are 5 plus a heavy tail (quartiles 5, 6 or 7, 9; 99 % below 40; longest 204), popularity
-    is Zipf's with a flattened head, and each item is drawn independently of the ones before it.
+
+def ml_1m_lengths(rng, n):
+    """20 plus a heavy tail: median 94, mean about 165."""
+    return 20 + np.exp(rng.normal(4.3, 1.2, n)).astype(int)
+
+
+SHAPES = {  # users, items, interactions of each user, most interactions of one user
+    "beauty": (22_363, 12_101, beauty_lengths, 204),  # Amazon's, 5-core: about 197,000 interactions
+    "ml-1m": (6_040, 3_416, ml_1m_lengths, 2_277),  # MovieLens: about a million
+}
+
+
+def synthetic_log(seed=0, shape="beauty"):
+    """Return a Log of a real one's shape, one of SHAPES.
+
+    Popularity is Zipf's with a flattened head, and each item is drawn independently of the ones before it.
     """
-    n_users, n_items, longest = 22_363, 12_101, 204
+    n_users, n_items, lengths, longest = SHAPES[shape]
     rng = np.random.default_rng(seed)
-    counts = np.minimum(5 + (6.5 * rng.pareto(2.5, n_users)).astype(int), longest)
+    counts = np.minimum(lengths(rng, n_users), longest)
     popularity = 1 / (np.arange(n_items) + 20) ** 0.8
     sequence = rng.choice(n_items, counts.sum(), p=popularity / popularity.sum()).astype(np.int32)
     names = [[str(i) for i in range(n)] for n in (n_users, n_items)]
