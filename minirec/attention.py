@@ -22,7 +22,8 @@ the gradients of W_q, b_q, W_k and b_k are 0, and Adam, whose step is 0 where ev
 
 from typing import NamedTuple
 
-from minirec.backend import get_array_module, row_sum
+from minirec.backend import get_array_module, matmul, row_sum
+from minirec.gpu import fused
 from minirec.ops import dropout_mask
 from minirec.packing import from_heads, to_heads
 
@@ -54,22 +55,32 @@ def fixed_weights(weighting, length, like):
     return a / row_sum(a)
 
 
+@fused
 def causal_mask(length, like):
     """Return what hides the future from softmax, [L, L]: 0 for j <= i, -inf for j > i, since exp(-inf) = 0."""
     xp = get_array_module(like)
     return xp.triu(xp.full((length, length), -xp.inf, like.dtype), 1)
 
 
-def softmax(scores):
-    """Softmax over the last axis; scores are overwritten.
+@fused
+def softmax(scores, mask):
+    """Softmax over the last axis of scores [B, H, L, L] + mask [L, L]; scores are overwritten.
 
     The row's maximum cancels between numerator and denominator. Taking it off keeps exp from overflowing.
     """
-    xp = get_array_module(scores)
+    scores += mask
     scores -= scores.max(axis=-1, keepdims=True)
-    weights = xp.exp(scores, out=scores)
+    weights = get_array_module(scores).exp(scores, out=scores)
     weights /= row_sum(weights)
     return weights
+
+
+@fused
+def softmax_backward(d_dropped, weights, dropped, d_mixed, mixed):
+    """Return d_s from d_A', A, A', d_mixed and mixed (see attention_backward, 3); d_A' is overwritten."""
+    d_dropped *= dropped
+    d_dropped -= weights * row_sum(d_mixed * mixed)
+    return d_dropped
 
 
 class AttentionCache(NamedTuple):
@@ -100,12 +111,12 @@ def attention(q, k, v, buckets, n_heads, weighting, dropout, rng):
         if weighting == "softmax":
             q_heads = to_heads(q, bucket, n_heads) * v_heads.shape[-1] ** -0.5  # the 1/sqrt(K) of s
             k_heads = to_heads(k, bucket, n_heads)
-            weights = softmax(q_heads @ k_heads.swapaxes(2, 3) + corner)  # A, [B, H, L, L]
+            weights = softmax(matmul(q_heads, k_heads.swapaxes(2, 3)), corner)  # A, [B, H, L, L]
         else:
             weights = corner  # A, [L, L]
         mask = dropout_mask(v_heads.shape[:3] + (bucket.length,), dropout, rng, v)
         weights_dropped = weights if mask is None else weights * mask  # [B, H, L, L], or A's shape without a mask
-        mixed = weights_dropped @ v_heads  # [B, H, L, K]
+        mixed = matmul(weights_dropped, v_heads)  # [B, H, L, K]
         from_heads(mixed, bucket, out)
         caches.append(AttentionCache(q_heads, k_heads, v_heads, weights, weights_dropped, mixed))
     return out, caches
@@ -144,11 +155,10 @@ def attention_backward(d_mixed, caches, buckets, weighting):
     for bucket, cache in zip(buckets, caches, strict=True):
         q, k, v, weights, weights_dropped, mixed = cache
         d_heads = to_heads(d_mixed, bucket, v.shape[1])  # [B, H, L, K]
-        from_heads(weights_dropped.swapaxes(-1, -2) @ d_heads, bucket, d_v)
+        from_heads(matmul(weights_dropped.swapaxes(-1, -2), d_heads), bucket, d_v)
         if learned:
-            d_scores = d_heads @ v.swapaxes(2, 3)  # d_A', [B, H, L, L]
-            d_scores *= weights_dropped
-            d_scores -= weights * row_sum(d_heads * mixed)  # d_s
-            from_heads(d_scores @ k * k.shape[-1] ** -0.5, bucket, d_q)
-            from_heads(d_scores.swapaxes(2, 3) @ q, bucket, d_k)  # q holds the 1/sqrt(K) already
+            d_dropped = matmul(d_heads, v.swapaxes(2, 3))  # d_A', [B, H, L, L]
+            d_scores = softmax_backward(d_dropped, weights, weights_dropped, d_heads, mixed)
+            from_heads(matmul(d_scores, k) * k.shape[-1] ** -0.5, bucket, d_q)
+            from_heads(matmul(d_scores.swapaxes(2, 3), q), bucket, d_k)  # q holds the 1/sqrt(K) already
     return d_q, d_k, d_v

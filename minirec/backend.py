@@ -1,50 +1,16 @@
 """Which array library computes: NumPy on the CPU, or CuPy on a GPU.
 
-The only file that imports CuPy, and only when it is asked for. Everything else is written once, against the
-functions that the two libraries share; `xp` is the one in use. Where they differ, the difference lives here.
+Everything else is written once, against the functions that the two libraries share; `xp` is the one in use. Where
+they differ, the difference lives here.
 """
 
-import importlib.util
 import sys
-from contextlib import contextmanager
 
 import numpy as np
 
-from minirec.errors import UserError
-
-BACKENDS = ("numpy", "cupy")
-
-
-def load(name):
-    """Return the array module for a backend.
-
-    name: "numpy" or "cupy". Raises UserError where CuPy or a GPU is missing, or the two do not fit.
-    """
-    if name == "numpy":
-        return np
-    if importlib.util.find_spec("cupy") is None:
-        raise UserError(
-            "--backend cupy: CuPy is not installed; pip install 'cupy-cuda12x' (for CUDA 12), or use --backend numpy"
-        )
-    with _or_say("CuPy cannot be imported", "reinstall the one that fits your CUDA, such as 'cupy-cuda12x'"):
-        import cupy
-    with _or_say("no usable GPU", "check nvidia-smi"):
-        devices = cupy.cuda.runtime.getDeviceCount()
-    if devices == 0:
-        raise UserError("--backend cupy: no GPU found; check nvidia-smi, or use --backend numpy")
-    with _or_say("CuPy cannot use the GPU", "install the CuPy that fits the driver's CUDA, such as 'cupy-cuda12x'"):
-        cupy.ones(2) @ cupy.ones(2)  # needs the compiler and the BLAS of its flavour
-    return cupy
-
-
-@contextmanager
-def _or_say(what, remedy):
-    """Turn any error, whose classes are CuPy's own and may not even load, into one line."""
-    try:
-        yield
-    except Exception as error:
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise UserError(f"--backend cupy: {what} ({reason}); {remedy}, or use --backend numpy") from None
+from minirec.gpu import BACKENDS as BACKENDS
+from minirec.gpu import fused
+from minirec.gpu import load as load
 
 
 def get_array_module(x):
@@ -65,6 +31,7 @@ def to_host(x):
 # Random numbers
 
 
+@fused
 def generator(xp, *key):
     """Return a random generator of module xp whose stream depends on the integers of `key` alone.
 
@@ -77,13 +44,20 @@ def generator(xp, *key):
     return xp.random.Generator(xp.random.Philox4x3210(int(sequence.generate_state(1)[0])))
 
 
+@fused
 def random_uint16(rng, n, xp):
     """Return n random 16-bit integers [n]; the generator draws words, and a word holds several of them."""
     word, bits = (xp.uint64, 64) if xp is np else (xp.uint32, 32)  # CuPy's integers end at 63 bits
     return rng.integers(0, 1 << bits, -(-n * 16 // bits), dtype=word).view(xp.uint16)[:n]
 
 
-# Sums
+# Products and sums
+
+
+@fused
+def matmul(a, b):
+    """Return a @ b. A GPU reads transposed operands where they lie, and need not copy them first."""
+    return a @ b
 
 
 def row_sum(x):

@@ -7,11 +7,13 @@ million items), the two sampled losses look at a few items only.
 """
 
 from minirec.backend import get_array_module, row_sum, scatter_add
+from minirec.gpu import fused
 from minirec.packing import chunk_rows
 
 LOSSES = ("ce", "sampled", "bce")
 
 
+@fused
 def cross_entropy(x, items, targets, scale, d_items):
     """Loss and gradient of softmax cross-entropy against the next item (no sampling).
 

@@ -20,6 +20,7 @@ import math
 
 import numpy as np
 
+from minirec import kernels as kernels  # the twins of what is marked @fused
 from minirec.attention import attention, attention_backward
 from minirec.backend import get_array_module
 from minirec.errors import UserError

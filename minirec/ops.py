@@ -13,7 +13,8 @@ micro-batches, gets the sum of its gradients, as the chain rule asks.
 import math
 from typing import NamedTuple
 
-from minirec.backend import column_sum, get_array_module, random_uint16, row_mean, scatter_add
+from minirec.backend import column_sum, get_array_module, matmul, random_uint16, row_mean, scatter_add
+from minirec.gpu import fused
 
 LAYER_NORM_EPS = 1e-8
 
@@ -47,11 +48,12 @@ def linear(x, w, b):
 
     x [N, D], w [D, M], b [M] -> out [N, M], LinearCache.
     """
-    out = x @ w  # [N, M]
+    out = matmul(x, w)  # [N, M]
     out += b
     return out, LinearCache(x, w)
 
 
+@fused
 def linear_backward(d_out, cache, d_w, d_b):
     """Return d_x [N, D], with d_out [N, M]; add to d_w [D, M] and d_b [M].
 
@@ -76,6 +78,7 @@ def relu_backward(d_out, out):
     return d_out * (out > 0)
 
 
+@fused
 def dropout_mask(shape, rate, rng, like):
     """Draw a mask that is 0 with probability `rate` (to 1/65536) and otherwise a constant, such that its mean is 1.
 
@@ -90,6 +93,7 @@ def dropout_mask(shape, rate, rng, like):
     return xp.multiply(keep, 65536 / (65536 - threshold), dtype=like.dtype)
 
 
+@fused
 def dropout(x, rate, rng):
     """Inverted dropout (Srivastava et al. 2014): out = x * mask -> out, cache (the mask or None).
 
@@ -112,6 +116,7 @@ class LayerNormCache(NamedTuple):
     gamma: object  # [D]
 
 
+@fused
 def layer_norm(x, gamma, beta):
     """Layer norm (Ba et al. 2016): out = gamma (x - mean) / sigma + beta, over each row.
 
@@ -128,6 +133,7 @@ def layer_norm(x, gamma, beta):
     return out, LayerNormCache(normed, sigma, gamma)
 
 
+@fused
 def layer_norm_backward(d_out, cache, d_gamma, d_beta):
     """Return d_x [N, D], with d_out [N, D]; add to d_gamma [D] and d_beta [D].
 

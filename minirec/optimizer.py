@@ -16,10 +16,12 @@ changing its sign, and by up to a few lr where g is large after many small ones.
 import math
 
 from minirec.backend import get_array_module
+from minirec.gpu import fused
 
 BETA_1, BETA_2, EPS = 0.9, 0.999, 1e-8
 
 
+@fused
 def adam_step(parameters, gradient, first_moment, second_moment, step, learning_rate):
     """Update parameters and moments in place.
 

@@ -25,6 +25,7 @@ import numpy as np
 
 from minirec.backend import get_array_module, to_device
 from minirec.errors import UserError
+from minirec.gpu import fused
 
 
 class Plan(NamedTuple):
@@ -92,6 +93,7 @@ def make_buckets(lengths, n_buckets, xp):
     return buckets
 
 
+@fused
 def to_heads(x, bucket, n_heads):
     """Return a bucket's rows of packed x [N, D] as [B, H, L, K]; a view where the bucket is dense."""
     rows = x[bucket.start : bucket.stop]
@@ -103,6 +105,7 @@ def to_heads(x, bucket, n_heads):
     return rows.reshape(bucket.count, bucket.length, n_heads, -1).transpose(0, 2, 1, 3)
 
 
+@fused
 def from_heads(x_heads, bucket, out):
     """Write x_heads [B, H, L, K] to the bucket's rows of packed out [N, D]: the inverse of to_heads."""
     rows = x_heads.transpose(0, 2, 1, 3).reshape(bucket.count * bucket.length, -1)

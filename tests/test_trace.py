@@ -65,7 +65,7 @@ def test_gradients_of_the_logits_agree_with_central_differences(walked):
     walk, _, later = walked
     logits, p = trace.probabilities(walk)
     targets, each = walk.batch.targets, np.arange(len(p))
-    numeric = central_differences(lambda: -np.log(softmax(logits.copy())[each, targets]).mean(), logits)
+    numeric = central_differences(lambda: -np.log(softmax(logits.copy(), 0)[each, targets]).mean(), logits)
     np.testing.assert_allclose(later["backward: loss"].arrays["d_logits"], trace.own(numeric), atol=1e-9)
 
 
@@ -82,7 +82,9 @@ def test_gradients_through_the_weights_agree_with_central_differences(walked):
 
     np.testing.assert_allclose(backward["d_A"], central_differences(lambda: loss_of(a), a), atol=1e-9)
     s[np.isinf(s)] = -1e3  # no weight either, but with differences
-    np.testing.assert_allclose(backward["d_s"], central_differences(lambda: loss_of(softmax(s.copy())), s), atol=1e-9)
+    np.testing.assert_allclose(
+        backward["d_s"], central_differences(lambda: loss_of(softmax(s.copy(), 0)), s), atol=1e-9
+    )
 
 
 def test_each_weighting_put_in_is_the_model_with_that_weighting(walked):

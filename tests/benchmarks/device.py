@@ -209,7 +209,9 @@ def profile(cupy, log, config, batch_size):
         wait("cupy", cupy)
         text = io.StringIO()
         pstats.Stats(host, stream=text).sort_stats("tottime").print_stats(45)
-        click.echo(f"{1e3 * queued / PROFILED:.2f} ms a step on the host, under its profiler; functions by their own time")
+        click.echo(
+            f"{1e3 * queued / PROFILED:.2f} ms a step on the host, under its profiler; functions by their own time"
+        )
         click.echo("\n".join(line[:130] for line in text.getvalue().splitlines() if line.strip()))
 
 
