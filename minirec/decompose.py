@@ -84,11 +84,12 @@ def entropies(cache, buckets):
     xp = get_array_module(cache["x"])
     first = cache["attention"][0].v
     out = xp.empty((len(cache["x"]), first.shape[1]), first.dtype)
+    longest = max(bucket.length for bucket in buckets)
+    possible = xp.maximum(xp.log(xp.arange(1, longest + 1, dtype=first.dtype)), TINY)
     for bucket, attention in zip(buckets, cache["attention"], strict=True):
         a = attention.weights
         plogp = (a * xp.log(xp.where(a > 0, a, xp.ones_like(a)))).sum(axis=-1)  # [B, H, L] or [L]
-        possible = xp.log(xp.arange(1, bucket.length + 1, dtype=a.dtype))
-        entropy = -plogp / xp.maximum(possible, TINY)
+        entropy = -plogp / possible[: bucket.length]
         from_heads(xp.broadcast_to(entropy, attention.v.shape[:3])[..., None], bucket, out)
     return out
 
@@ -111,12 +112,10 @@ def contribution_norms(cache, p, bucket, attention, m, n):
 
     Arguments as in corner, m <= n. F [B, m, n, D] is built as it is defined, so it should be small.
     """
-    xp = get_array_module(cache["x"])
     a, f, sigma = corner(cache, p, bucket, attention, m, n)
     parts = sum(a[:, h, :, :, None] * f[:, h, None] for h in range(a.shape[1]))  # F_ij, [B, m, n, D]
     x = cache["x"][bucket.start : bucket.stop].reshape(bucket.count, bucket.length, -1)
-    i = xp.arange(m)
-    parts[:, i, n - m + i] += x[:, -m:]
+    parts.reshape(bucket.count, m * n, -1)[:, n - m :: n + 1] += x[:, -m:]  # row i's entry j = n - m + i: position i
     return norms(centred(parts, p["attention_norm.gamma"])) / sigma
 
 
@@ -131,12 +130,12 @@ def head_norms(cache, p, bucket, attention, m, n):
 
 def recent_maps(cache, p, buckets):
     """Return {heatmap: [RECENT, RECENT]} of one block, summed over the sequences, aligned at the latest position."""
-    maps = {name: np.zeros((RECENT, RECENT)) for name in HEATMAPS}
+    maps = {name: get_array_module(cache["x"]).zeros((RECENT, RECENT)) for name in HEATMAPS}
     for bucket, attention in zip(buckets, cache["attention"], strict=True):
         n = min(RECENT, bucket.length)
         a, _, _ = corner(cache, p, bucket, attention, n, n)
-        maps["attention"][-n:, -n:] += to_host(a.mean(axis=1).sum(axis=0))
-        maps["contribution"][-n:, -n:] += to_host(contribution_norms(cache, p, bucket, attention, n, n).sum(axis=0))
+        maps["attention"][-n:, -n:] += a.mean(axis=1).sum(axis=0)
+        maps["contribution"][-n:, -n:] += contribution_norms(cache, p, bucket, attention, n, n).sum(axis=0)
     return maps
 
 
@@ -184,8 +183,8 @@ def decompose(parameters, config, sequences, run=map, progress=None):
         for i, cache in enumerate(caches):
             p = sub_dict(parameters, f"blocks.{i}.")
             values = mixing_ratios(cache, p, batch.buckets) | {"entropy": entropies(cache, batch.buckets)}
-            values = {name: to_host(value) for name, value in values.items()}
-            results.append((values, recent_maps(cache, p, batch.buckets)))
+            maps = recent_maps(cache, p, batch.buckets)
+            results.append([{name: to_host(x) for name, x in part.items()} for part in (values, maps)])
         return spans(starts[chunk][batch.order], batch.lengths), results  # where the batch's rows lie among the tokens
 
     shapes = dict.fromkeys(RATIOS, (len(flat),)) | {"entropy": (len(flat), config.n_heads)}

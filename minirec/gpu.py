@@ -26,13 +26,13 @@ def load(name):
         return np
     if importlib.util.find_spec("cupy") is None:
         raise UserError(f"--backend cupy: CuPy is not installed; {fitting_install()}, or use --backend numpy")
-    with _or_say("CuPy cannot be imported", f"for the one that fits {fitting_install()}"):
+    with _or_say("CuPy cannot be imported", f"reinstall it: {fitting_install()}"):
         import cupy
     with _or_say("no usable GPU", "check nvidia-smi"):
         devices = cupy.cuda.runtime.getDeviceCount()
     if devices == 0:
         raise UserError("--backend cupy: no GPU found; check nvidia-smi, or use --backend numpy")
-    with _or_say("CuPy cannot use the GPU", f"for the CuPy that fits {fitting_install()}"):
+    with _or_say("CuPy cannot use the GPU", f"install the CuPy that fits the driver's CUDA: {fitting_install()}"):
         cupy.ones(2) @ cupy.ones(2)  # needs the compiler and the BLAS of its flavour
     return cupy
 

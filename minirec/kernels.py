@@ -2,8 +2,8 @@
 
 Nothing here is needed to understand the model. A small operation on a GPU is done before the host has launched the
 next one, so a step takes as long as its launches. Where the lesson writes a layer norm as nine operations, a GPU gets
-one. Each function here takes the place of the marked one of its name: with a kernel of kernels.cu, and with products that
-add to their result and read transposed operands where they lie. The tests hold the two equal.
+one. Each function here takes the place of the marked one of its name: with a kernel of kernels.cu, and with products
+that add to their result and read transposed operands where they lie. The tests hold the two equal.
 
 A function here returns NotImplemented where its arguments are not what its kernel reads (contiguous arrays of one
 dtype, float32 or float64). Then the marked one computes, as it does where CuPy is a stand-in that runs no kernels.
@@ -35,6 +35,7 @@ class Device:
         self.cupy, self.dtype = cupy, np.dtype(char)
         options = ("--std=c++17", f"-DREAL={TYPES[char]}")
         self.kernel = functools.cache(cupy.RawModule(code=SOURCE.read_text(), options=options).get_function)
+        self.numbers("causal_mask", 1, self.empty(1, 1), 1, 0.0)  # a stand-in refuses here
         cublas = cupy.cuda.cublas
         self.gemm = cublas.sgemmStridedBatched if char == "f" else cublas.dgemmStridedBatched
         self.constants = np.array([0, 1], self.dtype)  # kept: the products read them by address
@@ -62,11 +63,9 @@ def device_of(cupy, char):
     if char not in TYPES or not hasattr(cupy, "RawModule"):
         return None
     try:
-        device = Device(cupy, char)
-        device.numbers("causal_mask", 1, device.empty(1, 1), 1, 0.0)
+        return Device(cupy, char)
     except NotImplementedError:
         return None
-    return device
 
 
 def twin(function):
@@ -88,7 +87,7 @@ def twin(function):
 
 
 def layout(x):
-    """Return how cuBLAS can read x [..., m, n]: (whether transposed, stride of rows, of matrices); None if it cannot."""
+    """Return how cuBLAS reads x [..., m, n]: (whether transposed, stride of rows, of matrices); None if it cannot."""
     *outer, row, column = (stride // x.itemsize for stride in x.strides)
     m, n = x.shape[-2:]
     if column == 1 and row >= n:

@@ -7,7 +7,9 @@ import numpy as np
 import pytest
 from fake_cupy import counts, installed
 
-from minirec import backend, decompose, model, optimizer
+from minirec import attention, backend, decompose, kernels, model, ops, optimizer, packing
+from minirec import gpu as gpu_module
+from minirec import loss as minirec_loss
 from minirec.attention import known_weightings
 from minirec.data import planted
 from minirec.data.split import Targets, leave_one_out, seen_items, training_windows
@@ -120,6 +122,87 @@ def test_a_numpy_array_in_the_device_path_is_caught(cupy):
     ):
         with pytest.raises((TypeError, AttributeError)):
             wrong()
+
+
+# The functions marked @fused beside their twins of kernels.py
+
+
+def cases(xp, dtype):
+    """{name of a twin: (the marked function, its arguments)}: ragged sizes, more than one warp, block and chunk."""
+    rng = np.random.default_rng(0)
+
+    def draw(*shape):
+        return xp.asarray(rng.normal(size=shape).astype(dtype))
+
+    def stream():
+        return backend.generator(xp, 3)
+
+    lengths = np.sort(np.r_[40, rng.integers(1, 41, 22)])
+    n, d, heads, n_items = int(lengths.sum()), 36, 3, 301
+    bucket = packing.make_buckets(lengths, 1, xp)[0]
+    square = (len(lengths), heads, 40, 40)
+    weights = attention.softmax(draw(*square), attention.causal_mask(40, draw(1)))
+    dropped = weights * ops.dropout_mask(square, 0.3, stream(), weights)
+    v, d_mixed = draw(*square[:3], 12), draw(*square[:3], 12)
+    targets = xp.asarray(rng.integers(n_items, size=n))
+    norm = ops.layer_norm(draw(n, d), draw(d), draw(d))[1]
+    linear = ops.LinearCache(draw(n, d), draw(d, 70))
+    return {
+        "matmul": (backend.matmul, (draw(*square), draw(*square).swapaxes(2, 3))),
+        "linear_backward": (ops.linear_backward, (draw(n, 70), linear, draw(d, 70), draw(70))),
+        "dropout_mask": (ops.dropout_mask, ((17, 59), 0.3, stream(), draw(1))),
+        "dropout": (ops.dropout, (draw(n, d), 0.5, stream())),
+        "layer_norm": (ops.layer_norm, (draw(n, d), draw(d), draw(d))),
+        "layer_norm_backward": (ops.layer_norm_backward, (draw(n, d), norm, draw(d), draw(d))),
+        "to_heads": (packing.to_heads, (draw(n, d), bucket, heads)),
+        "from_heads": (packing.from_heads, (draw(len(lengths), heads, 40, 12), bucket, draw(n, d))),
+        "causal_mask": (attention.causal_mask, (37, draw(1))),
+        "softmax": (attention.softmax, (draw(*square), attention.causal_mask(50, draw(1))[:40, :40])),
+        "softmax_backward": (
+            attention.softmax_backward,
+            (d_mixed @ v.swapaxes(2, 3).copy(), weights, dropped, d_mixed, dropped @ v),
+        ),
+        "cross_entropy": (minirec_loss.cross_entropy, (draw(n, d), draw(n_items, d), targets, 1 / n, draw(n_items, d))),
+        "adam_step": (optimizer.adam_step, (draw(999), draw(999), draw(999), abs(draw(999)), 3, 1e-3)),
+    }
+
+
+RANDOM = {"generator", "random_uint16"}  # the backends draw differently
+
+
+def leaves(x):
+    """All arrays in nested tuples, on the host."""
+    if isinstance(x, tuple):
+        return [leaf for part in x for leaf in leaves(part)]
+    return [backend.to_host(x)] if hasattr(x, "shape") else []
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [np.float64, np.float32])
+@pytest.mark.parametrize("name", sorted(gpu_module.TWINS.keys() - RANDOM))
+def test_on_a_gpu_a_twin_computes_what_the_marked_function_does(gpu, name, dtype):
+    if kernels.device_of(gpu, "d") is None:
+        pytest.skip("this CuPy runs no kernels")
+    found = []
+    for of in (lambda f: gpu_module.TWINS[f.__name__], lambda f: f.__wrapped__):
+        function, arguments = cases(gpu, dtype)[name]
+        out = of(function)(*arguments)
+        assert out is not NotImplemented
+        found.append(leaves((out, arguments)))  # many write into their arguments
+    for ours, theirs in zip(*found, strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=0, atol=(1e-12 if dtype == np.float64 else 1e-5) * 50)
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_random_words_are_those_of_philox_and_nobody_gets_them_twice(gpu):
+    if kernels.device_of(gpu, "d") is None:
+        pytest.skip("this CuPy runs no kernels")
+    stream = kernels.Stream(0)
+    words = backend.to_host(backend.random_uint16(stream, 8, gpu)).view(np.uint32)
+    known = [0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8]  # the answer that its authors publish for counter 0, key 0
+    np.testing.assert_array_equal(words, np.array(known, np.uint32))
+    both = backend.to_host(backend.random_uint16(kernels.Stream(0), 24, gpu))
+    np.testing.assert_array_equal(backend.to_host(backend.random_uint16(stream, 16, gpu)), both[8:])
 
 
 @pytest.mark.gpu

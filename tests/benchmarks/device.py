@@ -44,7 +44,7 @@ CONTENDERS = ("cupy", "torch", "compiled", "numpy")
 PROFILED = 20  # steps
 
 
-# The contenders: contexts that yield step(number, starts, lengths) -> loss, of the inputs starts, lengths in log.sequence
+# The contenders: contexts that yield step(number, starts, lengths) -> loss, for inputs in log.sequence
 
 
 @contextmanager
@@ -177,7 +177,7 @@ def speed(cupy, log, config, weightings, contenders, batch_size, n):
 
 
 def profile(cupy, log, config, batch_size):
-    """Print kernels and their time on the device, where PyTorch's profiler sees them, and the host's time by function."""
+    """Print the kernels and their time, where PyTorch's profiler sees them, and the host's time by function."""
     inputs = schedule(log, config, batch_size, WARM_UP + 2 * PROFILED)
     with contender("cupy", cupy, log, config) as step:
         for number, pair in enumerate(inputs[:WARM_UP]):
