@@ -42,6 +42,7 @@ def known_weightings():
     return ("softmax", *FIXED)
 
 
+@fused
 def fixed_weights(weighting, length, like):
     """Return A of a weighting of FIXED, [L, L]: the same for all sequences and heads.
 

@@ -81,17 +81,21 @@ def entropies(cache, buckets):
 
     Position 0 sees only itself; its 0/0 is 0 here and left out of every summary.
     """
-    xp = get_array_module(cache["x"])
-    first = cache["attention"][0].v
+    xp, first = get_array_module(cache["x"]), cache["attention"][0].v
     out = xp.empty((len(cache["x"]), first.shape[1]), first.dtype)
-    longest = max(bucket.length for bucket in buckets)
-    possible = xp.maximum(xp.log(xp.arange(1, longest + 1, dtype=first.dtype)), TINY)
+    possible = -xp.maximum(xp.log(xp.arange(1, int(max(b.length for b in buckets)) + 1, dtype=first.dtype)), TINY)
     for bucket, attention in zip(buckets, cache["attention"], strict=True):
         a = attention.weights
-        plogp = (a * xp.log(xp.where(a > 0, a, xp.ones_like(a)))).sum(axis=-1)  # [B, H, L] or [L]
-        entropy = -plogp / possible[: bucket.length]
+        plogp = (a * xp.log(xp.maximum(a, TINY))).sum(axis=-1)  # [B, H, L] or [L]; 0 log 0 is 0
+        entropy = plogp / possible[: bucket.length]  # both have a minus
         from_heads(xp.broadcast_to(entropy, attention.v.shape[:3])[..., None], bucket, out)
     return out
+
+
+def recent_weights(attention, m, n):
+    """Return A [B, H, m, n] of the last m queries and n keys of a dense bucket."""
+    a = attention.weights[..., -m:, -n:]
+    return get_array_module(a).broadcast_to(a, (*attention.v.shape[:2], m, n))
 
 
 def corner(cache, p, bucket, attention, m, n):
@@ -99,12 +103,10 @@ def corner(cache, p, bucket, attention, m, n):
 
     cache, p: as in keep_and_mix; bucket: a dense one; attention: its AttentionCache.
     """
-    xp = get_array_module(cache["x"])
     v = attention.v[:, :, -n:]  # [B, H, n, K]
     w_o = p["attention.w_o"].reshape(v.shape[1], v.shape[3], -1)  # [H, K, D]
     sigma = cache["attention_norm"].sigma[bucket.start : bucket.stop].reshape(bucket.count, bucket.length, 1)
-    a = xp.broadcast_to(attention.weights[..., -m:, -n:], (*v.shape[:2], m, n))
-    return a, v @ w_o, sigma[:, -m:]
+    return recent_weights(attention, m, n), v @ w_o, sigma[:, -m:]
 
 
 def contribution_norms(cache, p, bucket, attention, m, n):
@@ -133,8 +135,7 @@ def recent_maps(cache, p, buckets):
     maps = {name: get_array_module(cache["x"]).zeros((RECENT, RECENT)) for name in HEATMAPS}
     for bucket, attention in zip(buckets, cache["attention"], strict=True):
         n = min(RECENT, bucket.length)
-        a, _, _ = corner(cache, p, bucket, attention, n, n)
-        maps["attention"][-n:, -n:] += a.mean(axis=1).sum(axis=0)
+        maps["attention"][-n:, -n:] += recent_weights(attention, n, n).mean(axis=1).sum(axis=0)
         maps["contribution"][-n:, -n:] += contribution_norms(cache, p, bucket, attention, n, n).sum(axis=0)
     return maps
 
@@ -183,8 +184,8 @@ def decompose(parameters, config, sequences, run=map, progress=None):
         for i, cache in enumerate(caches):
             p = sub_dict(parameters, f"blocks.{i}.")
             values = mixing_ratios(cache, p, batch.buckets) | {"entropy": entropies(cache, batch.buckets)}
-            maps = recent_maps(cache, p, batch.buckets)
-            results.append([{name: to_host(x) for name, x in part.items()} for part in (values, maps)])
+            parts = values, recent_maps(cache, p, batch.buckets)
+            results.append([{name: to_host(x) for name, x in part.items()} for part in parts])
         return spans(starts[chunk][batch.order], batch.lengths), results  # where the batch's rows lie among the tokens
 
     shapes = dict.fromkeys(RATIOS, (len(flat),)) | {"entropy": (len(flat), config.n_heads)}

@@ -170,11 +170,6 @@ extern "C" __global__ void from_heads(const REAL* x, const void* filled, int64 w
 
 // attention.py
 
-extern "C" __global__ void causal_mask(REAL* out, int64 length, double hidden) {
-    int64 i = my_number();
-    if (i < length * length) out[i] = i % length > i / length ? (REAL)hidden : 0;
-}
-
 extern "C" __global__ void softmax(REAL* scores, const REAL* mask, int64 mask_stride, int64 n, int64 length) {
     int64 row = my_row();
     int lane = threadIdx.x % WARP;

@@ -11,11 +11,12 @@ dtype, float32 or float64). Then the marked one computes, as it does where CuPy 
 
 import functools
 import math
+import sys
 from pathlib import Path
 
 import numpy as np
 
-from minirec.backend import get_array_module
+from minirec import attention
 from minirec.gpu import TWINS
 from minirec.ops import LAYER_NORM_EPS, LayerNormCache
 from minirec.optimizer import BETA_1, BETA_2, EPS
@@ -35,9 +36,11 @@ class Device:
         self.cupy, self.dtype = cupy, np.dtype(char)
         options = ("--std=c++17", f"-DREAL={TYPES[char]}")
         self.kernel = functools.cache(cupy.RawModule(code=SOURCE.read_text(), options=options).get_function)
-        self.numbers("causal_mask", 1, self.empty(1, 1), 1, 0.0)  # a stand-in refuses here
+        self.numbers("random_uint16", 1, cupy.empty(8, np.uint16), 8, 0, 0)  # a stand-in refuses here
         cublas = cupy.cuda.cublas
-        self.gemm = cublas.sgemmStridedBatched if char == "f" else cublas.dgemmStridedBatched
+        self.handle = cupy.cuda.device.get_cublas_handle
+        self.gemm = cublas.sgemm if char == "f" else cublas.dgemm
+        self.gemms = cublas.sgemmStridedBatched if char == "f" else cublas.dgemmStridedBatched
         self.constants = np.array([0, 1], self.dtype)  # kept: the products read them by address
         self.zero, self.one = (self.constants[i:].ctypes.data for i in range(2))
 
@@ -51,7 +54,10 @@ class Device:
 
     def reads(self, *arrays):
         """Return whether the kernels can read these arrays: contiguous, of this dtype, and not empty."""
-        return all(x.dtype == self.dtype and x.flags.c_contiguous and x.size for x in arrays)
+        for x in arrays:
+            if x.dtype != self.dtype or not x.flags.c_contiguous or not x.size:
+                return False
+        return True
 
     def empty(self, *shape):
         return self.cupy.empty(shape, self.dtype)
@@ -68,59 +74,73 @@ def device_of(cupy, char):
         return None
 
 
-def twin(function):
+def twin(at):
     """Let function(device, *arguments) take the place of the marked one of its name, where there is a device.
 
-    Where its array lies is told by the last of `arguments` that is one.
+    at: which of `arguments` is an array that tells where they lie.
     """
 
-    def call(*arguments):
-        like = next(x for x in reversed(arguments) if hasattr(x, "dtype"))
-        device = None if isinstance(like, np.ndarray) else device_of(get_array_module(like), like.dtype.char)
-        return function(device, *arguments) if device else NotImplemented
+    def register(function):
+        def call(*arguments):
+            like = arguments[at]
+            device = None if isinstance(like, np.ndarray) else device_of(sys.modules["cupy"], like.dtype.char)
+            return function(device, *arguments) if device else NotImplemented
 
-    TWINS[function.__name__] = call
-    return call
+        TWINS[function.__name__] = call
+        return call
+
+    return register
 
 
 # Products
 
 
-def layout(x):
-    """Return how cuBLAS reads x [..., m, n]: (whether transposed, stride of rows, of matrices); None if it cannot."""
-    *outer, row, column = (stride // x.itemsize for stride in x.strides)
-    m, n = x.shape[-2:]
+@functools.lru_cache(maxsize=4096)
+def layout(shape, strides, itemsize):
+    """Return how cuBLAS reads an array [..., m, n]: (transposed or not, stride of rows, of matrices), or None.
+
+    strides: in bytes; those returned are in numbers.
+    """
+    *outer, row, column = (stride // itemsize for stride in strides)
+    m, n = shape[-2:]
     if column == 1 and row >= n:
         transposed, rows = 0, row
     elif row == 1 and column >= m:
         transposed, rows = 1, column
     else:
         return None
-    if any(outer[i] != outer[i + 1] * x.shape[i + 1] for i in range(len(outer) - 1)):
+    if 0 in shape or any(outer[i] != outer[i + 1] * shape[i + 1] for i in range(len(outer) - 1)):
         return None
     return transposed, rows, outer[-1] if outer else 0
 
 
+def layout_of(x):
+    return layout(x.shape, x.strides, x.itemsize)
+
+
 def product(device, a, b, add_to=None):
     """Return a @ b, or add it to add_to: a [..., m, k], b [..., k, n], one of them perhaps a single matrix."""
-    stack = a.shape[:-2] or b.shape[:-2]
-    a_layout, b_layout = layout(a), layout(b)
-    fits = a_layout and b_layout and a.size and b.size and b.shape[:-2] in ((), stack) and a.shape[-1] == b.shape[-2]
+    a_shape, b_shape = a.shape, b.shape
+    stack = a_shape[:-2] or b_shape[:-2]
+    a_layout, b_layout = layout_of(a), layout_of(b)
+    fits = a_layout and b_layout and b_shape[:-2] in ((), stack) and a_shape[-1] == b_shape[-2]
     if not fits or not a.dtype == b.dtype == device.dtype or add_to is not None and not device.reads(add_to):
         return NotImplemented
-    (m, k), n = a.shape[-2:], b.shape[-1]
-    out = device.empty(*stack, m, n) if add_to is None else add_to
+    (m, k), n = a_shape[-2:], b_shape[-1]
+    out, beta = (device.empty(*stack, m, n), device.zero) if add_to is None else (add_to, device.one)
     # cuBLAS counts along columns, so it takes each array for its transpose: out^T = b^T a^T.
     (a_transposed, a_rows, a_stride), (b_transposed, b_rows, b_stride) = a_layout, b_layout
-    device.gemm(
-        *(device.cupy.cuda.device.get_cublas_handle(), b_transposed, a_transposed, n, m, k, device.one),
-        *(b.data.ptr, b_rows, b_stride, a.data.ptr, a_rows, a_stride),
-        *(device.zero if add_to is None else device.one, out.data.ptr, n, m * n, math.prod(stack)),
-    )
+    sizes = device.handle(), b_transposed, a_transposed, n, m, k, device.one
+    a, b = (a.data.ptr, a_rows), (b.data.ptr, b_rows)
+    if stack:
+        out_strides = n, m * n, math.prod(stack)
+        device.gemms(*sizes, *b, b_stride, *a, a_stride, beta, out.data.ptr, *out_strides)
+    else:
+        device.gemm(*sizes, *b, *a, beta, out.data.ptr, n)
     return out
 
 
-@twin
+@twin(0)
 def matmul(device, a, b):
     return product(device, a, b)
 
@@ -169,16 +189,16 @@ TWINS |= {"generator": generator, "random_uint16": random_uint16}
 # ops.py
 
 
-@twin
+@twin(0)
 def linear_backward(device, d_out, cache, d_w, d_b):
-    if not device.reads(d_out, d_w, d_b) or d_out.shape[1] > MOST_TILES * WARP or layout(cache.x) is None:
+    if not device.reads(d_out, d_w, d_b) or d_out.shape[1] > MOST_TILES * WARP or None in map(layout_of, cache):
         return NotImplemented
     product(device, cache.x.T, d_out, d_w)
     column_sums(device, d_out, d_b)
     return product(device, d_out, cache.w.T)
 
 
-@twin
+@twin(3)
 def dropout_mask(device, shape, rate, rng, like):
     if not isinstance(rng, Stream) or rate == 0:
         return NotImplemented
@@ -187,7 +207,7 @@ def dropout_mask(device, shape, rate, rng, like):
     return mask
 
 
-@twin
+@twin(0)
 def dropout(device, x, rate, rng):
     if not isinstance(rng, Stream) or rate == 0 or not device.reads(x):
         return NotImplemented
@@ -203,7 +223,7 @@ def _draw(device, x, out, mask, rate, rng):
     device.numbers("dropout", -(-mask.size // 8), *arguments)
 
 
-@twin
+@twin(0)
 def layer_norm(device, x, gamma, beta):
     if not device.reads(x, gamma, beta):
         return NotImplemented
@@ -213,7 +233,7 @@ def layer_norm(device, x, gamma, beta):
     return out, LayerNormCache(normed, sigma, gamma)
 
 
-@twin
+@twin(0)
 def layer_norm_backward(device, d_out, cache, d_gamma, d_beta):
     n, d = d_out.shape
     if not device.reads(d_out, *cache, d_gamma, d_beta) or d > MOST_TILES * WARP:
@@ -232,7 +252,7 @@ def _places(bucket):
     return bucket.filled, int(bucket.filled is not None and bucket.filled.itemsize == 8)
 
 
-@twin
+@twin(0)
 def to_heads(device, x, bucket, n_heads):
     if not device.reads(x):
         return NotImplemented
@@ -242,7 +262,7 @@ def to_heads(device, x, bucket, n_heads):
     return out
 
 
-@twin
+@twin(0)
 def from_heads(device, x_heads, bucket, out):
     if not device.reads(x_heads, out):
         return NotImplemented
@@ -254,24 +274,34 @@ def from_heads(device, x_heads, bucket, out):
 # attention.py
 
 
-@twin
+@functools.lru_cache(maxsize=16)
+def constant(function, device, *arguments):
+    """Return what function(*arguments, like) computes, which depends on sizes alone and is the same in every step."""
+    return function.__wrapped__(*arguments, device.empty(1))
+
+
+@twin(1)
 def causal_mask(device, length, like):
-    out = device.empty(length, length)
-    device.numbers("causal_mask", out.size, out, length, -math.inf)
-    return out
+    return constant(attention.causal_mask, device, length)
 
 
-@twin
+@twin(2)
+def fixed_weights(device, weighting, length, like):
+    return constant(attention.fixed_weights, device, weighting, length)
+
+
+@twin(0)
 def softmax(device, scores, mask):
     length = scores.shape[-1]
-    if not device.reads(scores) or mask.shape != (length, length) or layout(mask) is None or layout(mask)[0]:
+    mask_layout = layout_of(mask)
+    if not device.reads(scores) or mask.shape != (length, length) or mask_layout is None or mask_layout[0]:
         return NotImplemented
     n = scores.size // length
-    device.rows("softmax", n, scores, mask, layout(mask)[1], n, length)
+    device.rows("softmax", n, scores, mask, mask_layout[1], n, length)
     return scores
 
 
-@twin
+@twin(0)
 def softmax_backward(device, d_dropped, weights, dropped, d_mixed, mixed):
     if not device.reads(d_dropped, weights, dropped) or not d_dropped.shape == weights.shape == dropped.shape:
         return NotImplemented
@@ -284,7 +314,7 @@ def softmax_backward(device, d_dropped, weights, dropped, d_mixed, mixed):
 # loss.py
 
 
-@twin
+@twin(0)
 def cross_entropy(device, x, items, targets, scale, d_items):
     if not device.reads(x, items, d_items):
         return NotImplemented
@@ -304,7 +334,7 @@ def cross_entropy(device, x, items, targets, scale, d_items):
 # optimizer.py
 
 
-@twin
+@twin(0)
 def adam_step(device, parameters, gradient, first_moment, second_moment, step, learning_rate):
     arrays = parameters, gradient, first_moment, second_moment
     if not device.reads(*arrays) or len({x.shape for x in arrays}) > 1:

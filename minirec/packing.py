@@ -34,12 +34,12 @@ class Plan(NamedTuple):
 
     gradient_buffers: int  # gradient vectors that may be filled at the same time
     micro_batch_tokens: int  # about so many tokens go through the model at a time
-    buckets: int | None  # of a micro-batch; None: one for each length that occurs
+    bucket_scores: int | None  # a micro-batch of more padded scores gets 3 buckets, else 1; None: one for each length
     loss_bytes: int  # the size of one chunk of logits
 
 
-CPU_PLAN = Plan(gradient_buffers=4, micro_batch_tokens=1000, buckets=None, loss_bytes=4 << 20)
-GPU_PLAN = Plan(gradient_buffers=1, micro_batch_tokens=1 << 18, buckets=2, loss_bytes=1 << 30)
+CPU_PLAN = Plan(gradient_buffers=4, micro_batch_tokens=1000, bucket_scores=None, loss_bytes=4 << 20)
+GPU_PLAN = Plan(gradient_buffers=1, micro_batch_tokens=1 << 18, bucket_scores=1 << 23, loss_bytes=1 << 30)
 
 
 def plan(xp):
@@ -137,12 +137,14 @@ def pack(flat, starts, lengths, xp=np, with_targets=True, negatives=None):
     order = np.argsort(lengths, kind="stable")
     starts, lengths = starts[order], lengths[order]
     rows = spans(starts, lengths)
+    most = plan(xp).bucket_scores  # of one head
+    n_buckets = most and (3 if len(lengths) * int(lengths[-1]) ** 2 > most else 1)
     return Batch(
         items=to_device(flat[rows], xp),
         positions=to_device(spans(np.zeros_like(lengths), lengths), xp),
         targets=to_device(flat[rows + 1], xp) if with_targets else None,
         negatives=None if negatives is None else to_device(negatives[rows], xp),
-        buckets=make_buckets(lengths, plan(xp).buckets, xp),
+        buckets=make_buckets(lengths, n_buckets, xp),
         order=order,
         lengths=lengths,
     )

@@ -157,6 +157,7 @@ def cases(xp, dtype):
         "to_heads": (packing.to_heads, (draw(n, d), bucket, heads)),
         "from_heads": (packing.from_heads, (draw(len(lengths), heads, 40, 12), bucket, draw(n, d))),
         "causal_mask": (attention.causal_mask, (37, draw(1))),
+        "fixed_weights": (attention.fixed_weights, ("recency", 37, draw(1))),
         "softmax": (attention.softmax, (draw(*square), attention.causal_mask(50, draw(1))[:40, :40])),
         "softmax_backward": (
             attention.softmax_backward,
