@@ -13,7 +13,7 @@ import numpy as np
 from minirec.errors import UserError
 
 BACKENDS = ("numpy", "cupy")
-EXTRAS = {12: "gpu", 13: "gpu13"}  # of setup.cfg, by the CUDA that a driver is for
+PACKAGES = {12: "cupy-cuda12x", 13: "cupy-cuda13x"}  # by CUDA; the extras gpu and gpu13 of setup.cfg install them
 DRIVERS = ("libcuda.so.1", "nvcuda.dll")
 
 
@@ -51,13 +51,12 @@ def driver_cuda():
 
 
 def fitting_install():
-    """Return the command that installs the CuPy for this machine's driver, or both where no driver tells."""
+    """Return the command that installs the CuPy for this machine's driver, or all where no driver tells."""
     cuda = driver_cuda()
-    if cuda is None or cuda < min(EXTRAS):
-        both = " or ".join(f"'minirec[{extra}]' (CUDA {major})" for major, extra in EXTRAS.items())
-        return f"pip install {both}; nvidia-smi shows the driver's CUDA"
-    major = max(major for major in EXTRAS if major <= cuda)
-    return f"pip install 'minirec[{EXTRAS[major]}]' (the driver is for CUDA {cuda})"
+    fitting = [major for major in PACKAGES if cuda and major <= cuda]
+    if not fitting:
+        return " or ".join(f"pip install {x} (CUDA {major})" for major, x in PACKAGES.items()) + ", as nvidia-smi shows"
+    return f"pip install {PACKAGES[max(fitting)]} (the driver is for CUDA {cuda})"
 
 
 @contextmanager

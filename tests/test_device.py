@@ -1,11 +1,14 @@
 """The GPU path: under a strict stand-in for CuPy everywhere, and on a GPU where there is one."""
 
+import configparser
 import sys
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from fake_cupy import counts, installed
+from helpers import ROOT
 
 from minirec import attention, backend, decompose, kernels, model, ops, optimizer, packing
 from minirec import gpu as gpu_module
@@ -237,3 +240,44 @@ def test_a_broken_cupy_is_not_called_missing(tmp_path, monkeypatch):
     monkeypatch.delitem(sys.modules, "cupy", raising=False)
     with pytest.raises(UserError, match="cannot be imported .libcublas.so.12"):
         backend.load("cupy")
+
+
+@pytest.mark.parametrize(
+    "cuda, command",
+    [
+        (12.8, "pip install cupy-cuda12x (the driver is for CUDA 12.8)"),
+        (13.0, "pip install cupy-cuda13x (the driver is for CUDA 13.0)"),
+        (14.1, "pip install cupy-cuda13x (the driver is for CUDA 14.1)"),  # a driver runs what is older
+        (11.8, "pip install cupy-cuda12x (CUDA 12) or pip install cupy-cuda13x (CUDA 13), as nvidia-smi shows"),
+        (None, "pip install cupy-cuda12x (CUDA 12) or pip install cupy-cuda13x (CUDA 13), as nvidia-smi shows"),
+    ],
+)
+def test_the_cupy_that_fits_the_driver_is_named_where_it_is_missing_or_the_wrong_one(cupy, monkeypatch, cuda, command):
+    monkeypatch.setattr(gpu_module, "driver_cuda", lambda: cuda)
+    monkeypatch.setattr(cupy, "ones", lambda n: 1 / 0)
+    with pytest.raises(UserError, match="cannot use the GPU") as caught:
+        backend.load("cupy")
+    assert command in str(caught.value)
+    monkeypatch.setattr(gpu_module.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match="CuPy is not installed") as caught:
+        backend.load("cupy")
+    assert command in str(caught.value)
+
+
+def test_the_extras_install_the_cupy_that_messages_name():
+    settings = configparser.ConfigParser()
+    settings.read(ROOT / "setup.cfg")
+    extras = settings["options.extras_require"]
+    assert [extras[name].split(">=")[0].strip() for name in ("gpu", "gpu13")] == list(gpu_module.PACKAGES.values())
+
+
+@pytest.mark.parametrize("answer, cuda", [(12080, 12.8), (13000, 13.0), (0, None), (OSError("no such file"), None)])
+def test_the_driver_is_asked_for_its_cuda(monkeypatch, answer, cuda):
+    def open_library(name):
+        if isinstance(answer, Exception):
+            raise answer
+        write = lambda pointer: setattr(pointer._obj, "value", answer) or 0
+        return SimpleNamespace(cuDriverGetVersion=write)
+
+    monkeypatch.setattr(gpu_module.ctypes, "CDLL", open_library)
+    assert gpu_module.driver_cuda() == cuda
