@@ -19,12 +19,14 @@ PACKAGE = ROOT / "minirec"
 MODULES = sorted(PACKAGE.rglob("*.py"))
 CORE_LINES = 850  # of code, all core files together
 CORE_FILE_LINES = 260  # of one core file, derivations included
-LINES = 5600  # of code, the whole package and cli.py
+LINES = 5600  # of code, the whole package and cli.py, but for what serves a GPU alone
+GPU_LINES = 280  # of code, what serves a GPU alone
 
 # What each wing may import of ours, besides itself. A flat file may import those that stand before it.
 FLAT = ["plain", "errors", "gpu", "backend", "ops", "packing", "attention", "loss", "parameters", "optimizer"]
 FLAT += ["kernels", "model", "decompose"]
-CORE = [module for module in FLAT if module not in ("gpu", "kernels")]  # what there is to read to understand the model
+GPU = ["gpu", "kernels"]
+CORE = [module for module in FLAT if module not in GPU]  # what there is to read to understand the model
 DATA = ["errors", "files", "packing.spans"]
 TRAINING = [*FLAT, "files", "data", "__version__"]
 STUDIES = [*TRAINING, "training"]
@@ -176,7 +178,7 @@ def test_the_course_names_every_module():
     """In the package's docstring, which is where a reader starts."""
     course = minirec.__doc__.split("in this order:")[1].strip(" .\n").replace("\n", " ").split(", ")
     assert sorted(course) == sorted(dotted(path) for path in MODULES if not path.stem.startswith("__"))
-    assert [name for name in course if "." not in name and name != "files"] == CORE
+    assert [name for name in course if "." not in name and name != "files"] == FLAT
 
 
 def test_the_package_stays_under_its_limits():
@@ -184,7 +186,9 @@ def test_the_package_stays_under_its_limits():
     door = code_lines(ROOT / "cli.py")
     core = {module: sizes[module] for module in CORE}
     print(sizes, sum(core.values()), sum(sizes.values()) + door)
-    assert sum(core.values()) < CORE_LINES and sum(sizes.values()) + door < LINES and door < 15
+    gpu = sum(sizes[module] for module in GPU)
+    assert sum(core.values()) < CORE_LINES and sum(sizes.values()) + door - gpu < LINES and door < 15
+    assert gpu < GPU_LINES
     for module in CORE:
         assert len((PACKAGE / f"{module}.py").read_text().splitlines()) <= CORE_FILE_LINES, module
 
