@@ -11,6 +11,7 @@ float64; larger weights than in training, so that there is something to see.
 Symbols: those of model.py. Of a packed array [N, ...] the last L rows are printed, the longest user's.
 """
 
+import inspect
 import math
 import sys
 from collections import defaultdict
@@ -31,7 +32,7 @@ SEED = 9  # with it, no relu unit is always off, and gradients are large enough 
 SHOWN = 3  # entries of each gradient in the table
 WIDTH = 100  # columns of the terminal
 WATCHED = {
-    function.__code__: function.__name__
+    inspect.unwrap(function).__code__: function.__name__  # without its mark @fused
     for function in (
         *(ops.embedding, ops.linear, ops.relu, ops.layer_norm, attention.attention, attention.softmax),
         *(ops.linear_backward, ops.relu_backward, ops.layer_norm_backward, attention.attention_backward),
@@ -117,7 +118,7 @@ def probabilities(walk):
     """Return logits and softmax of all tokens, both [N, V]: the loss makes them in chunks and keeps neither."""
     given = walk.calls["cross_entropy"][0].given
     logits = given["x"] @ given["items"].T
-    p = attention.softmax(logits.copy())
+    p = attention.softmax(logits.copy(), 0)
     same(-np.log(p[np.arange(len(p)), given["targets"]]).mean(), walk.loss)
     return logits, p
 
@@ -168,7 +169,7 @@ def forward_steps(walk):
     says += "v = x W_v + b_v;  v_h: the columns of head h"
     arrays = dict(zip("qkv" if learned else "v", (heads(walk, x) for x in qkv), strict=True))
     yield Step("block 1. query, key, value", "model.block", says, arrays)
-    arrays = {"s": c["softmax"][-1].given["scores"][0]} if learned else {}
+    arrays = {"s": c["softmax"][-1].given["scores"][0] + c["softmax"][-1].given["mask"]} if learned else {}
     yield Step("block 2. A", "attention.attention", LEARNED if learned else FIXED, arrays | {"A": weights(walk)})
     says = "mixed_h = A_h v_h for each head h;  o = [mixed_0 mixed_1] W_o + b_o"
     arrays = {"mixed": heads(walk, c["attention"][0].out[0]), "o": own(o), "z = x + o": own(norm_a.given["x"])}
