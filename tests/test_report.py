@@ -231,7 +231,10 @@ def hostile(tmp_path_factory):
     rng = np.random.default_rng(0)
     lines = [[user, *rng.permutation(HOSTILE)[:7]] for user in (*HOSTILE, *map(str, range(20)))]
     (folder / "log.txt").write_text("".join(" ".join(line) + "\n" for line in lines))
-    for command in (("train", "--data", "log.txt", "--epochs", 2, "--out", "run"), ("report", "run")):
+    for command in (
+        ("train", "--data", "log.txt", "--format", "lines", "--epochs", 2, "--out", "run"),
+        ("report", "run"),
+    ):
         process = run_cli(*command, cwd=folder)
         assert process.returncode == 0, process.stderr
     return folder / "run"

@@ -23,6 +23,7 @@ from minirec.cli import main
 from minirec.cli.study import study_table
 from minirec.data import log as data
 from minirec.data import planted
+from minirec.data.read import read_log
 from minirec.data.split import Targets, leave_one_out, temporal
 from minirec.decompose import RATIOS, decompose, summarise
 from minirec.errors import UserError
@@ -421,7 +422,7 @@ def invented(log_path, tmp_path_factory):
     text = "u0 i1 i2\n" + log_path.read_text().replace("u", "v")  # the first user has no test target
     (folder / "small.txt").write_text(text)
     printed = invented_study(folder, 2).stdout
-    return folder / "out", data.read_log(folder / "small.txt"), printed
+    return folder / "out", read_log(folder / "small.txt"), printed
 
 
 def kept(folder, attn, seed):
@@ -600,7 +601,7 @@ def test_a_study_table_says_what_is_undefined_and_why(invented, monkeypatch):
 def test_a_study_says_how_many_users_it_tests_on(tmp_path, rng):
     rows = [(rng.integers(20), rng.integers(9), rng.integers(100)) for _ in range(300)]
     (tmp_path / "small.txt").write_text("user,item,time\n" + "".join(f"u{u},i{i},{t}\n" for u, i, t in rows))
-    log = data.read_log(tmp_path / "small.txt")
+    log = read_log(tmp_path / "small.txt")
     split = temporal(log)
     assert len(split.valid.users) != len(split.test.users) < 20
     words = f"small: 20 users, 9 items, 300 interactions; {len(split.test.users)} test users; the last "

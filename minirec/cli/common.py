@@ -16,7 +16,8 @@ from pathlib import Path
 import click
 
 from minirec import backend
-from minirec.data.log import FORMATS
+from minirec.data.describe import count_cold
+from minirec.data.read import FORMATS, TIES
 from minirec.data.split import SPLITS
 from minirec.errors import UserError
 from minirec.training import runs
@@ -149,7 +150,7 @@ def progress(label, length, least=0):
 
 @contextmanager
 def reading(path):
-    """Yield what data.read_log calls with the bytes that it has read; a bar for files that take a while."""
+    """Yield what read_log calls with the bytes that it has read; a bar for files that take a while."""
     size = os.path.getsize(path) if os.path.isfile(path) else 0
     with progress(f"reading {path}", size, least=1 << 24) as update:
         yield update
@@ -206,7 +207,7 @@ def another_log(model, data, to_split):
         source |= {"k_core": 1}
     with reading(source["path"]) as update, telling_settings(model, data):
         log = runs.load_log(source, update, to_split)
-    remark(log, source["path"], "")
+    remark(log, source["path"])
     say(
         f"{source['path']}: another log than {model.folder} was trained on, read as {log.read_as or 'embedded'}: "
         f"{len(log.users):,} users, {len(log.items):,} items, {len(log.sequence):,} interactions"
@@ -235,7 +236,15 @@ def log_options(command):
 
 LOG_OPTIONS = [
     click.option("--format", type=click.Choice(FORMATS), help="The log's format [default: recognised by content]."),
-    click.option("--columns", metavar="USER,ITEM[,TIME]", help="Its columns, where their names are not recognised."),
+    click.option("--columns", metavar="USER,ITEM[,TIME]", help="Its columns, by name or by position from 1."),
+    click.option("--time-format", metavar="PATTERN", help="How its times are written, as in '%d/%m/%Y %H:%M'."),
+    click.option(
+        "--ties",
+        type=click.Choice(TIES),
+        default=Source.ties,
+        show_default=True,
+        help="Order among a user's equal times: the file's, or random with a fixed seed.",
+    ),
     click.option(
         "--split",
         type=click.Choice(list(SPLITS)),
@@ -272,18 +281,29 @@ def log_source(path, options):
     return Source(whole, runs.fingerprint(path), **how)
 
 
-def load_log(source):
-    """Return the log that is asked for, under a bar where it is large; a table without times is remarked on."""
+def load_log(source, tell=True):
+    """Return the log that is asked for, under a bar where it is large; say what a person may not expect of it.
+
+    tell: say how it was read, too.
+    """
     with reading(source.path) as update:
         log = runs.load_log(asdict(source), update)
+    if tell and log.read_as:
+        say(f"{source.path}: read as {log.read_as}")
     remark(log, source.path)
     return log
 
 
-def remark(log, path, remedy="; --columns USER,ITEM,TIME names one"):
+def remark(log, path):
     """Say what a person may not expect of a log."""
-    if log.times is None and log.read_as.startswith("csv"):
-        say(f"{path}: no column of times, so the file's order counts{remedy}")
+    for line in log.remarks:
+        say(f"{path}: {line}")
+
+
+def remark_on_cold(log, split):
+    """Say how many test targets training never saw: nothing can be learned of them."""
+    if cold := count_cold(log, split):
+        say(f"{cold:,} of {len(split.test.users):,} test targets are items that training never saw (cold)")
 
 
 def few(names):

@@ -12,6 +12,7 @@ from minirec.cli.common import (
     INTERRUPTED,
     MANY_REPEATS,
     Command,
+    few,
     given,
     json_option,
     load_log,
@@ -25,7 +26,8 @@ from minirec.cli.common import (
 )
 from minirec.data import public as cataloguing
 from minirec.data.describe import describe as describe_log
-from minirec.data.log import k_core, read_log
+from minirec.data.log import k_core
+from minirec.data.read import read_log
 from minirec.errors import UserError
 from minirec.studies import grid as studying
 from minirec.training import runs
@@ -60,7 +62,7 @@ def fetch(name, out):
         raise click.exceptions.Exit(INTERRUPTED) from None
     say(f"{path} is there already; remove it to fetch it again" if before else f"wrote {path}")
     with reading(path) as update:
-        log = read_log(path, "csv", None, update)
+        log = read_log(path, format="csv", progress=update)
     click.echo(counts_line(log, entry.counts))
     core = ""
     if entry.k_core:
@@ -105,14 +107,17 @@ def describe(path, as_json, **options):
     python cli.py describe ratings.csv --columns who,what,when --k-core 5
     """
     source = log_source(path, options)
-    log = load_log(source)
+    log = load_log(source, tell=False)
     result = describe_log(log, runs.split_log(log, {"data": asdict(source)}), source.drop_repeats)
     result["study"] = dict(zip(("max_length", "dropout"), studying.sensible(log), strict=True))
     if as_json:
-        say_json({"path": path, "read_as": log.read_as} | result)
+        say_json({"path": path, "read_as": log.read_as, "remarks": log.remarks} | result)
         return
     filtered = given(options, "k_core", "drop_repeats")
     click.echo(f"{path}{log.read_as and f', read as {log.read_as}'}{filtered and f', after{filtered}'}\n")
+    for number, (user, item, when) in enumerate(log.first_rows):
+        row = f"user {few([user])}, item {few([item])}" + (f", time {few([when])}" if when else "")
+        click.echo(f"{'' if number else 'first rows':<15}{row}")
     click.echo("\n".join(description(result, options["split"])))
     if all(result["split"][f"{part}_users"] for part in ("train", "valid", "test")):
         say(f"next: python cli.py study --data {shlex.quote(path)}{given(options, *options)}")
@@ -154,19 +159,20 @@ def description(result, split):
     ]
     if times:
         span = f"{times['first']:,} to {times['last']:,}: numbers that are no dates"
-        if times["unit"]:
-            read = "dates" if times["dated"] else times["unit"]
-            span = f"{times['first_date']} to {times['last_date']} UTC, from {read}"
+        if times["dated"]:
+            span = f"{times['first_date']} to {times['last_date']} UTC"
         order = "not in order, and was sorted" if times["reordered"] else "in order within each user"
         lines += [
             ("time", f"{span}; the file was {order}"),
-            ("", f"{share(times['ties'], n)} at the same time as the user's last: these keep the file's order"),
+            ("", f"{share(times['ties'], n)} at the same time as the user's last"),
             ("", f"{share(repeats['exact_duplicates'], n)} again of the same user, item and time"),
         ]
     else:
         lines.append(("time", "no timestamps: each user's interactions are in the file's order"))
     users = [f"{held[f'{part}_users']:,} users" for part in ("train", "valid", "test")]
     lines.append((split, "{} to train on, {} for validation, {} for the test".format(*users)))
+    if held["cold"]:
+        lines.append(("", f"{share(held['cold'], held['test_users'])} of the test targets training never saw (cold)"))
     if held["test_users"]:
         seen = f"{share(held['unreachable'], held['test_users'])} of the test targets are items the user had before"
         lines.append(("", seen + (": never hit with filter-seen" if held["unreachable"] else "")))

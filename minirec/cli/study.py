@@ -26,6 +26,7 @@ from minirec.cli.common import (
     on_terminal,
     one_line,
     progress,
+    remark_on_cold,
     remark_on_repeats,
     say,
     say_json,
@@ -144,6 +145,7 @@ def _study_dataset(path, options):
         f"{log_name(path)}: {len(log.users):,} users, {len(log.items):,} items, {len(log.sequence):,} interactions; "
         f"{len(split.test.users):,} test users; the last {length} items, dropout {rate}, {epochs} epochs at most"
     )
+    remark_on_cold(log, split)
     if options["filter_seen"]:
         remark_on_repeats(count_unreachable(log, split.test), len(split.test.users))
     if not len(split.test.users) or not len(training_windows(log, split, length)[0]):

@@ -27,6 +27,7 @@ from minirec.cli.common import (
     log_source,
     on_terminal,
     progress,
+    remark_on_cold,
     remark_on_repeats,
     say,
     say_json,
@@ -127,6 +128,7 @@ def train(ctx, out, resume, as_json, mpi_buffers, **options):
     parts = [len(training_windows(log, split, config.max_length)[0]), len(split.valid.users), len(split.test.users)]
     if min(parts) < len(log.users):
         say("of the users, {:,} are trained on, {:,} have a validation target, {:,} a test target".format(*parts))
+    remark_on_cold(log, split)
     if options["filter_seen"]:
         remark_on_repeats(count_unreachable(log, split.test), len(split.test.users))
     say(f"{config.attn} attention, {config.n_blocks} blocks, D = {config.hidden_size} -> {folder}")
@@ -165,10 +167,9 @@ def train(ctx, out, resume, as_json, mpi_buffers, **options):
 def _take_over(ctx, options, settings, folder):
     """Set the options that were not given on the command line to what a run was started with."""
     model, data = settings["model"], settings["data"]
-    source = {name: data[name] for name in ("format", "split", "k_core", "drop_repeats")}
     before = (
         settings["training"]
-        | source
+        | data
         | {
             "data": str(folder / runs.LOG) if data["path"] == runs.LOG else data["path"],
             "columns": ",".join(data["columns"] or ()) or None,

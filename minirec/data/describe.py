@@ -6,14 +6,14 @@ Symbols: U users, V items, n interactions, M test users.
 import numpy as np
 
 from minirec.data.log import filter_log, users_of
+from minirec.data.times import as_text
 from minirec.errors import UserError
+from minirec.packing import spans
 
 QUANTILES = (0, 10, 25, 50, 75, 90, 100)  # percent
 CORES = (5, 10)
 MOST_BINS = 10
 TOP = 0.01  # of the items: how popular are they?
-UNITS = {"seconds": 1, "milliseconds": 10**3, "microseconds": 10**6, "nanoseconds": 10**9}  # in a second
-EARLIEST, LATEST = 10**8, 10**11  # seconds since 1970, March 1973 and the year 5138: what a timestamp may mean
 
 
 def describe(log, split, no_repeats=False):
@@ -39,6 +39,7 @@ def describe(log, split, no_repeats=False):
             "test_users": len(split.test.users),
             "users_without_test": len(log.users) - len(split.test.users),
             "unreachable": unreachable,
+            "cold": count_cold(log, split),
         },
         "k_core": {str(k): core_size(log, k, no_repeats) for k in CORES},
     }
@@ -103,38 +104,26 @@ def count_unreachable(log, cases):
     return len(np.unique(users_of(log)[before & (log.sequence == np.repeat(target, lengths))]))
 
 
+def count_cold(log, split):
+    """Count the test targets of a split whose items are nowhere in what is trained on."""
+    trained = np.zeros(len(log.items), bool)
+    trained[log.sequence[spans(log.offsets[:-1], split.train_lengths)]] = True
+    return int((~trained[log.sequence[split.test.stops]]).sum())
+
+
 def _time(log):
-    """Describe a log's times: what they are, when it begins and ends, and how well they order it."""
+    """Describe a log's times: when it begins and ends, and how well they order it."""
     first, last = log.times.min().item(), log.times.max().item()
-    unit = "seconds" if log.dated else time_unit(float(np.median(log.times)), max(-first, last))
     same_user = np.diff(users_of(log)) == 0
     return {
-        "unit": unit,
         "dated": log.dated,
         "first": first,
         "last": last,
-        "first_date": unit and date(first, unit),
-        "last_date": unit and date(last, unit),
+        "first_date": as_text(first) if log.dated else None,
+        "last_date": as_text(last) if log.dated else None,
         "ties": int((same_user & (log.times[1:] == log.times[:-1])).sum()),
         "reordered": log.reordered,
     }
-
-
-def time_unit(middle, furthest):
-    """Return the unit, one of UNITS, in which `middle`, a time since 1970, is a date of our days, or None.
-
-    The ranges of neighbouring units meet, 1000 * EARLIEST = LATEST: at most one unit fits. None is returned,
-    too, where the time that is furthest from 1970 is no date.
-    """
-    for unit, parts in UNITS.items():
-        if EARLIEST <= middle / parts < LATEST:
-            return unit if furthest / parts < LATEST else None
-    return None
-
-
-def date(moment, unit):
-    """Return a time since 1970 as text, in UTC, to the second."""
-    return str(np.datetime64(int(moment // UNITS[unit]), "s")).replace("T", " ")
 
 
 def core_size(log, k, no_repeats=False):

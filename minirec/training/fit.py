@@ -357,7 +357,7 @@ class Model:
     def save(self, folder):
         """Write a run folder, its log in it: `load` gives this model again, and the same numbers."""
         folder, log = Path(folder), self.log
-        source = self.settings["data"] | {"path": runs.LOG, "sha256": log.sha256(), "format": None, "columns": None}
+        source = self.settings["data"] | {"path": runs.LOG, "sha256": log.sha256()} | runs.READING
         with runs.opened(folder, resume=False):
             runs.write_settings(folder, self.settings | {"model": asdict(self.config), "data": source}, log)
             files.write_json_lines(folder / "metrics.jsonl", self.records)

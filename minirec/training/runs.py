@@ -27,8 +27,9 @@ import numpy as np
 
 from minirec import __version__, files
 from minirec.backend import BACKENDS
-from minirec.data import log as data
 from minirec.data import planted, split
+from minirec.data.log import CONTROL, Log, filter_log
+from minirec.data.read import FORMATS, TIES, read_log
 from minirec.errors import UserError
 from minirec.files import (
     check_regular,
@@ -61,9 +62,14 @@ class Source:
     sha256: str = ""
     format: str | None = None  # None: recognised by content
     columns: list | None = None
+    time_format: str | None = None
+    ties: str = "file"  # or "shuffle": the order among a user's equal times
     split: str = "leave-one-out"
     k_core: int = 1
     drop_repeats: bool = False
+
+
+READING = {name: getattr(Source, name) for name in ("format", "columns", "time_format", "ties")}  # what read_log takes
 
 
 @dataclass(frozen=True)
@@ -174,15 +180,16 @@ def fingerprint(path):
 def load_log(source, progress=None, to_split=True):
     """Return the Log that the "data" of a run's settings describes, filtered as they say.
 
-    Its path is a file's, or a planted dataset's name. progress, to_split: see data.read_log.
+    Its path is a file's, or a planted dataset's name. progress, to_split: see read_log.
     """
     if is_planted(source["path"]):
         log = planted.DATASETS[source["path"]]()
     elif os.path.basename(source["path"]) == LOG:
         log = read_kept_log(source["path"])
     else:
-        log = data.read_log(source["path"], source["format"], source["columns"], progress, to_split)
-    return data.filter_log(log, source["k_core"], source["drop_repeats"])
+        options = {name: source[name] for name in READING}
+        log = read_log(source["path"], **options, progress=progress, to_split=to_split)
+    return filter_log(log, source["k_core"], source["drop_repeats"])
 
 
 def split_log(log, settings):
@@ -218,8 +225,10 @@ SETTINGS = {  # what config.json must hold; a rule says whether a value will do
     "data": {
         "path": lambda x: _text(x) and "\0" not in x,
         "sha256": _text,
-        "format": lambda x: x is None or x in data.FORMATS,
+        "format": lambda x: x is None or x in FORMATS,
         "columns": lambda x: x is None or isinstance(x, list) and all(map(_text, x)),
+        "time_format": lambda x: x is None or _text(x),
+        "ties": lambda x: x in TIES,
         "split": lambda x: x in split.SPLITS,
         "k_core": _number(1, LARGEST),
         "drop_repeats": lambda x: isinstance(x, bool),
@@ -239,13 +248,15 @@ SETTINGS = {  # what config.json must hold; a rule says whether a value will do
 def load_settings(folder):
     """Return a run's config.json. Raises UserError where the folder is not a run.
 
-    A run from before there was a choice says nothing of filter_seen: its seen items were no candidates.
+    A run from before there was a choice says nothing of filter_seen: its seen items were no candidates; nor of
+    time_format and ties.
     """
     if not os.path.exists(folder / "config.json"):
         raise UserError(f"{folder}: not a run folder (no config.json); python cli.py train makes one")
     settings = read_json(folder / "config.json", LARGEST_CONFIG)
     try:
         settings["training"].setdefault("filter_seen", True)
+        settings["data"] = READING | settings["data"]
         check_settings(settings)
         model_config(settings)
     except (KeyError, TypeError, AttributeError) as error:
@@ -295,7 +306,7 @@ def load_items(folder, config):
     items = read_json(folder / "items.json", (config.n_items + 1) * LONGEST_ITEM)
     if not isinstance(items, list) or len(items) != config.n_items or not all(isinstance(i, str) for i in items):
         raise UserError(f"{folder / 'items.json'}: expected a list of {config.n_items} names")
-    if any(data.CONTROL.search(item) for item in items):
+    if any(CONTROL.search(item) for item in items):
         raise UserError(f"{folder / 'items.json'}: a name in it holds control characters, which no log has")
     return items
 
@@ -313,15 +324,15 @@ def read_kept_log(path):
     """Return the Log that write_settings wrote. Raises UserError where what the file holds is none."""
     arrays = read_arrays(path)
     try:
-        values = {part.name: arrays[part.name] for part in fields(data.Log) if part.name in arrays}
-        log = data.Log(**{n: x if n in ("offsets", "sequence", "times") else x.tolist() for n, x in values.items()})
+        values = {part.name: arrays[part.name] for part in fields(Log) if part.name in arrays}
+        log = Log(**{n: x if n in ("offsets", "sequence", "times") else x.tolist() for n, x in values.items()})
         ends, names = [0, *log.offsets[1:-1], len(log.sequence)], [*log.users, *log.items]
         fits = (
             len(log.offsets) == len(log.users) + 1 and np.array_equal(log.offsets, ends) and (np.diff(ends) >= 0).all()
         )
         fits &= log.sequence.dtype == np.int32 and log.sequence.min() >= 0 and log.sequence.max() < len(log.items)
         fits &= log.times is None or log.times.shape == log.sequence.shape
-        if not fits or any(not isinstance(name, str) or data.CONTROL.search(name) for name in names):
+        if not fits or any(not isinstance(name, str) or CONTROL.search(name) for name in names):
             raise ValueError("its arrays do not fit")
     except (TypeError, ValueError, AttributeError, IndexError) as error:
         raise UserError(f"{path}: damaged: not a log ({error})") from None
@@ -350,7 +361,7 @@ def find_log(folder, settings, data_path=None, another=False):
 def load_run_log(folder, settings, data_path=None, progress=None):
     """Return the Log that a run was trained on, read again and filtered; data_path: see find_log.
 
-    progress: see data.read_log.
+    progress: see read_log.
     """
     log = load_log(find_log(folder, settings, data_path), progress)
     if log.items != load_items(folder, model_config(settings)):
@@ -426,6 +437,9 @@ def settings_fingerprint(settings):
     fixed |= {name: float(fixed[name]) for name in ("lr", "dropout")}  # 1 and 1.0 are written differently
     if fixed["filter_seen"]:
         del fixed["filter_seen"]  # so that the states of runs that say nothing of it go on
+    for name in ("time_format", "ties"):
+        if fixed[name] == READING[name]:
+            del fixed[name]
     return hashlib.sha256(json.dumps(fixed, sort_keys=True).encode()).hexdigest()
 
 
@@ -468,6 +482,6 @@ def fixed_settings(settings):
     names = ("loss", "negatives", "batch_size", "lr", "seed", "filter_seen")
     training = {name: settings["training"].get(name) for name in names}
     training["protocol"] = settings["training"].get("protocol", 1)
-    source = {name: settings["data"][name] for name in ("format", "columns", "split", "k_core", "drop_repeats")}
+    source = {name: (READING | settings["data"])[name] for name in (*READING, "split", "k_core", "drop_repeats")}
     fixed = settings["model"] | training | source | {"log (SHA-256)": settings["data"]["sha256"]}
     return json.loads(json.dumps(fixed))

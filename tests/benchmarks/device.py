@@ -33,7 +33,7 @@ from training import LEARNING_RATE, SEED, SHAPES, WARM_UP, aligned, synthetic_lo
 
 from minirec import backend, decompose
 from minirec.attention import known_weightings
-from minirec.data.log import read_log
+from minirec.data.read import read_log
 from minirec.data.split import batches, leave_one_out, training_windows
 from minirec.errors import UserError
 from minirec.model import Config, init_parameters

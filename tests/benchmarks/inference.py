@@ -48,7 +48,7 @@ from training import (
 )
 
 from minirec.attention import known_weightings
-from minirec.data.log import read_log
+from minirec.data.read import read_log
 from minirec.data.split import leave_one_out
 from minirec.decompose import RATIOS, RECENT, block_caches, contribution_norms, mixing_ratios, work_chunks
 from minirec.errors import UserError

@@ -28,7 +28,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from training import allocated_mb
 
 from minirec import model
-from minirec.data.log import read_log
+from minirec.data.read import read_log
 from minirec.training.fit import train
 from minirec.training.parallel import usable_cores
 

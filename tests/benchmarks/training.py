@@ -32,7 +32,8 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from minirec.data.log import Log, read_log
+from minirec.data.log import Log
+from minirec.data.read import read_log
 from minirec.data.split import batches, leave_one_out, training_windows
 from minirec.errors import UserError
 from minirec.model import Config, init_parameters

@@ -1,0 +1,441 @@
+"""Files of interactions: what they are, which columns are user, item and time, and their rows.
+
+    lines   user item item ...      one line a user, oldest item first, blanks between
+    pairs   user item               one line an interaction, oldest first within a user
+    inter   user_id:token  item_id:token  timestamp:float      RecBole's table, tab-separated
+    csv     a table with a header, or --columns 1,2,4; between its fields , ; tab | or ::
+    json    one object a line, JSON or a Python literal, which is parsed and never evaluated
+Plain, gzip, or the one member of a zip archive; Parquet through pandas. What is not clearly one of them is refused,
+with the words to type.
+"""
+
+import ast
+import contextlib
+import csv
+import difflib
+import gzip
+import io
+import itertools
+import json
+import os
+import re
+import zipfile
+import zlib
+from functools import partial
+from operator import itemgetter
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from minirec.data.log import CONTROL, MISSING, collect, texts_of
+from minirec.data.times import day_with_clock, kind_of_times
+from minirec.errors import UserError
+
+FORMATS = ("lines", "pairs", "inter", "csv", "json")
+TIES = ("file", "shuffle")
+DELIMITERS = {"\t": "tab", "::": "::", ";": "semicolon", "|": "|", ",": "comma", " ": "blank"}
+NO_WORDS = re.compile(r"\t|,|::|:token|:float|\s\S*(:|\b\d{4}-\d\d-\d\d)\S*")  # what `lines` and `pairs` do not hold
+WORD = re.compile(r"[^ \t\n]+")
+SEPARATOR = re.compile(r"\s*\"?sep=(.)\"?\s*")  # the first line of what Excel writes
+KNOWN = json.loads(Path(__file__).with_name("known.json").read_text(encoding="utf-8"))
+IDS = tuple(KNOWN["ids"].split())
+USERS, ITEMS, TIMES = (
+    [name.replace("#", end) for name in KNOWN[role].split() for end in (IDS if "#" in name else ("",))]
+    for role in ("user", "item", "time")
+)
+LIKE_TIMES = re.compile(r"(.*[^A-Za-z])?(at|ts)|.*[a-z]At|(?i:.*(time|date).*)")
+CHUNK_BYTES = 1 << 22  # read at a time
+SAMPLE = 200  # lines that tell what a file is
+MAX_LINE = 1 << 24  # characters
+MAX_OBJECT = 1 << 20  # characters of a line that is parsed as JSON or as a Python literal
+MAX_EXPANSION, EXPANSION_FROM = 100, 1 << 28  # of a compressed file; text that shrinks to a hundredth is no log
+
+
+def read_log(path, columns=None, format=None, time_format=None, ties="file", progress=None, to_split=True):
+    """Read an interaction log.
+
+    path: a file; columns: "user,item,time" or a list: names, or positions from 1; the time, and a time of day after
+    it, may be left out; None = recognise them; format: one of FORMATS, None = recognise it; time_format: how
+    datetime.strptime reads the times; ties: "file" keeps the file's order among a user's equal times, "shuffle" draws
+    one, with a fixed seed; progress: called with the number of bytes read since its last call; to_split: refuse a log
+    of one user, or of which nothing can be held out.
+    Returns a Log. Raises UserError, naming file and line, for anything that is not such a log.
+    """
+    if isinstance(columns, str):
+        columns = next(csv.reader([columns], skipinitialspace=True), [])
+    columns = [column.strip() for column in columns or ()]
+    if columns and not 2 <= len(set(columns)) == len(columns) <= 4:
+        raise UserError(f"--columns {','.join(columns)}: expected two or three different names, USER,ITEM[,TIME]")
+    csv.field_size_limit(MAX_LINE)
+    table = _parquet(path) or _text(_Lines(path, progress), columns, format)
+    try:
+        places, remarks = _choose(table, columns)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
+    names, rest = [table.names[p] for p in places], [n for p, n in enumerate(table.names) if n and p not in places]
+    unused = ", ".join(rest[:12]) + (f" and {len(rest) - 12} more" if len(rest) > 12 else "")
+    read_as = f"{table.read_as}: {', '.join(names)}" + (f" (not used: {unused})" if rest else "")
+    rows = table.rows(places)
+    if len(places) == 2:
+        rows = ((*row, "") for row in rows)
+    elif len(places) == 4:
+        rows = ((number, user, item, day_with_clock(day, clock)) for number, user, item, day, clock in rows)
+    log = collect(rows, names[:3], path, read_as, table.unit, time_format, ties, to_split)
+    log.remarks[:0] = [*table.remarks, *remarks]
+    return log
+
+
+class _Table(NamedTuple):
+    """What a file holds: columns, whichever they are."""
+
+    names: list  # of the columns
+    header: bool  # whether the file has these names
+    sample: list  # the first rows, lists of texts
+    rows: Any  # rows(places): an iterable of the number of a row and its fields at these places
+    read_as: str
+    remarks: list = ()
+    unit: str = "line"  # what a row's number counts
+
+
+# Bytes into lines
+
+
+class _Lines:
+    """The lines of a file, UTF-8 text, each ended by a line feed alone.
+
+    Blank lines, comments and a sep= line at its head are left out. number: that of the line given last, from 1.
+    """
+
+    def __init__(self, path, progress):
+        self.path, self.number, self.delimiter, self.remarks = path, 0, None, []
+        lines, n_comments = _lines(path, progress), 0
+        for line in lines:
+            separator = None if self.delimiter else SEPARATOR.fullmatch(line)
+            if line.strip() and line[0] not in "#%" and not separator:
+                break
+            self.delimiter = separator[1] if separator else self.delimiter
+            self.number, n_comments = self.number + 1, n_comments + (line[0] in "#%")
+        else:
+            raise UserError(f"{path}: the file is empty" + " but for comments" * (n_comments > 0))
+        if n_comments:
+            self.remarks.append(f"{n_comments:,} comment lines at its head, which begin with # or %, are left out")
+        self.head = [line, *itertools.islice(lines, SAMPLE - 1)]
+        self.all = itertools.chain(self.head, lines)
+
+    def __iter__(self):
+        for line in self.all:
+            self.number += 1
+            yield line
+
+    def fail(self, message, number=None):
+        raise UserError(f"{self.path}, line {number or self.number}: {message}")
+
+
+def _lines(path, progress):
+    """Yield the lines of a file; refuse what is not UTF-8 text."""
+    number, unlooked, told = 0, 0, 0
+    try:
+        if os.path.exists(path) and not os.path.isfile(path) and not os.path.isdir(path):
+            raise UserError(f"{path}: not a regular file; save the log to one")
+        with open(path, "rb") as file:
+            stream = io.BufferedReader(_unpacked(path, file), CHUNK_BYTES)
+            head = stream.peek()
+            for pattern, what in KNOWN["not"].items():
+                if re.match(pattern, head[:4096].decode("latin-1")):
+                    raise UserError(f"{path}: {what}")
+            end = "\r" if b"\r" in head[:-1] and b"\n" not in head else "\n"  # as text from an old Mac
+            text = io.TextIOWrapper(stream, "utf-8-sig", "surrogateescape", end)
+            while line := text.readline(MAX_LINE):
+                number, unlooked = number + 1, unlooked + len(line)
+                wrong = f"longer than {MAX_LINE:,} characters: is it text?" if len(line) == MAX_LINE else None
+                line = line.rstrip("\r\n") + "\n"
+                if match := CONTROL.search(line):
+                    wrong = f"control character U+{ord(match[0]):04X} at character {match.start() + 1}: is it text?"
+                    if match[0] > "\x9f":  # a byte that is no character
+                        wrong = f"byte {match.start() + 1} is not UTF-8 text; from Latin-1: iconv -f LATIN1 -t UTF-8"
+                if wrong:
+                    raise UserError(f"{path}, line {number}: {wrong}")
+                yield line
+                if unlooked > CHUNK_BYTES:
+                    if stream.tell() > max(EXPANSION_FROM, MAX_EXPANSION * file.tell()):
+                        raise UserError(f"{path}: grows more than {MAX_EXPANSION}-fold when unzipped: is it a log?")
+                    if progress:
+                        progress(file.tell() - told)
+                    unlooked, told = 0, file.tell()
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise UserError(f"{path}: damaged gzip file after line {number} ({error}); fetch it again") from None
+    except (zipfile.BadZipFile, RuntimeError, NotImplementedError) as error:
+        raise UserError(f"{path}: damaged zip archive after line {number} ({error}); fetch it again") from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror or error})") from None
+
+
+def _unpacked(path, file):
+    """Return the bytes of a file as a stream: of the one member of a zip archive, of a gzip file, or as they are."""
+    head = file.peek(4)[:4]
+    if head != b"PK\x03\x04":
+        return gzip.GzipFile(fileobj=file) if head[:2] == b"\x1f\x8b" else file
+    archive = zipfile.ZipFile(file)
+    names = [name for name in archive.namelist() if not name.endswith("/") and not name.startswith("__MACOSX")]
+    if {"xl/workbook.xml", "[Content_Types].xml"} & set(names):
+        raise UserError(
+            f"{path}: an Excel workbook"
+            + "; in Python: frame = pandas.read_excel('FILE'); frame.to_csv('log.csv', index=False)"
+        )
+    if len(names) != 1:
+        raise UserError(f"{path}: a zip archive of {len(names)} files; unzip it and choose one")
+    return archive.open(names[0])
+
+
+# Lines into rows
+
+
+def _text(lines, columns, format):
+    """Return the _Table of lines of text."""
+    first, best = lines.head[0], ()
+    if format == "json" or format is None and first.lstrip().startswith("{"):
+        return _objects(lines)
+    delimiters = [lines.delimiter] if lines.delimiter else ["\t"] if format == "inter" else DELIMITERS
+    for delimiter in delimiters if format not in ("lines", "pairs") else ():
+        sample = []
+        with contextlib.suppress(csv.Error):  # of a row that goes on behind the sample
+            sample.extend(row for row in _split(lines.head, delimiter) if any(map(str.strip, row)))
+        width = len(sample[0]) if sample else 0
+        header = width > 1 and _is_header(sample, columns)
+        known, even = header and len(_known(sample[0])) == 2, all(0 <= len(row) - width <= 1 for row in sample)
+        table = known or even or delimiter in ("\t", "::", ",")  # which no line of words holds
+        if width > 1 and (not best and (known or columns and even) if delimiter == " " else table):
+            best = max(best, (known, even, width, delimiter, header, sample))
+    if not best:
+        return _words(lines, columns, format)
+    *_, width, delimiter, header, sample = best
+    names = sample[0] if header else [f"column {n + 1}" for n in range(width)]
+    rows = partial(_rows, lines, delimiter, width, sample[0] if header else None)
+    inter = delimiter == "\t" and (format == "inter" or ":token" in first)
+    read_as = "inter" if inter else f"csv ({DELIMITERS.get(delimiter, delimiter)})"
+    return _Table(list(map(_name, names)), header, sample[header:], rows, read_as, lines.remarks)
+
+
+def _rows(lines, delimiter, width, header, places):
+    """Yield the number of each row of a table and its fields at these places."""
+    rows, pick = _split(lines, delimiter), itemgetter(*places)
+    try:
+        for row in itertools.islice(rows, header is not None, None):
+            if len(row) != width and (len(row) != width + 1 or row[-1]):  # more: behind a trailing delimiter
+                if any(map(str.strip, row)):
+                    lines.fail(f"{len(row)} fields where the first line has {width}")
+            elif row == header:
+                lines.fail("the header again: were two files joined? Delete this line")
+            elif any(row):  # spreadsheets leave empty ones
+                yield lines.number, *pick(row)
+    except csv.Error as error:
+        lines.fail(f"not valid CSV ({error}); check its quotes")
+
+
+def _split(lines, delimiter):
+    """Yield lines as lists of fields. Between tabs or :: a quote is a character unless it opens and closes a field."""
+    if delimiter not in ("\t", "::", " "):
+        yield from csv.reader(lines, delimiter=delimiter, skipinitialspace=True, strict=True)
+        return
+    for line in lines:
+        fields = WORD.findall(line) if delimiter == " " else line[:-1].split(delimiter)
+        if '"' in line and delimiter != " ":
+            fields = [f[1:-1].replace('""', '"') if len(f) > 1 and f[0] == f[-1] == '"' else f for f in fields]
+        yield fields
+
+
+def _words(lines, columns, format):
+    """Return the _Table of lines or pairs. Both are `user item ...`; they differ in what may not be: in lines a user
+    comes once, in pairs a line has two words."""
+    n_words = [len(WORD.findall(line)) for line in lines.head]
+    if columns or n_words[0] < 2 or format in ("inter", "csv"):
+        which = f"no columns {', '.join(columns)}" if columns else "expected `user item item ...`, or a header"
+        lines.fail(f"{which}; found {_shown(lines.head[0].strip())}; --columns and --format tell", lines.number + 1)
+    for number, line in enumerate(lines.head if format is None else (), lines.number + 1):
+        if mark := NO_WORDS.search(line.strip()):
+            lines.fail(
+                f"{_shown(mark[0].strip())} in a line of words: a table? Name its --columns; else --format lines",
+                number,
+            )
+    if format == "pairs" or format is None and set(n_words) <= {0, 2}:
+        return _Table(["user", "item"], True, [], partial(_rows, lines, " ", 2, None), "pairs", lines.remarks)
+
+    def rows(places):
+        users = set()
+        for line in lines:
+            user, *items = WORD.findall(line) or [""]
+            if user in users:
+                lines.fail(f"user {_shown(user)} has a line already; a table? Name its --columns, as in 1,2,3")
+            if user:
+                users.add(user)
+                yield from ((lines.number, user, item) for item in items or [""])  # "": a user without an item
+
+    return _Table(["user", "item"], True, [], rows, "lines", lines.remarks)
+
+
+def _objects(lines):
+    """Return the _Table of lines that are objects, JSON or Python literals."""
+    literal = re.match(r"\s*\{\s*u?'", lines.head[0])
+    parse = ast.literal_eval if literal else partial(json.loads, parse_int=str, parse_float=str)
+
+    def record(line, number):
+        try:
+            fields = parse(line[:MAX_OBJECT].strip()).items()
+        except (ValueError, SyntaxError, AttributeError, TypeError, RecursionError, MemoryError):
+            lines.fail("not one JSON object, or one Python literal, a line", number)
+        return {str(name): "" if field is None else field for name, field in fields}
+
+    def rows(places):
+        for line in lines:
+            if line.strip():
+                fields = record(line, lines.number)
+                texts = (str(fields.get(names[place], "")) for place in places)
+                yield lines.number, *(text if text.isprintable() else repr(text)[1:-1] for text in texts)  # as written
+
+    head = [record(line, n) for n, line in enumerate(lines.head, lines.number + 1) if line.strip()]
+    nested = {name: field for one in head for name, field in one.items() if isinstance(field, (dict, list))}
+    names = list(dict.fromkeys(name for one in head for name in one if name not in nested))
+    lists = [name for name, field in nested.items() if isinstance(field, list) and isinstance((field or [0])[0], dict)]
+    if lists and len(_known(names)) < 2:
+        parts = list(nested[lists[0]][0])
+        parts = [parts[_known(parts).get("item", 0)], *[part for part in parts if _plain(part) in TIMES][:1]]
+        fields = ", ".join([f"s[{(names or ['user'])[0]!r}]", *(f"e[{part!r}]" for part in parts)])
+        raise UserError(
+            f"{lines.path}: {lists[0]!r} holds lists, which are no table; in Python: rows = [({fields}) for s in "
+            f"map({'ast.literal_eval' if literal else 'json.loads'}, open('FILE')) for e in s[{lists[0]!r}]]; "
+            "log = minirec.Log.from_columns(*zip(*rows))"
+        )
+    sample = [[str(one.get(name, "")) for name in names] for one in head]
+    return _Table(names, True, sample, rows, "Python literals" if literal else "JSON lines", lines.remarks)
+
+
+def _parquet(path):
+    """Return the _Table of a Parquet file, or None where it is none."""
+    with contextlib.suppress(OSError):
+        if not os.path.isfile(path) or open(path, "rb").read(4) != b"PAR1":
+            return None
+    try:
+        import pandas
+
+        frame = pandas.read_parquet(path)
+    except ImportError:
+        raise UserError(f"{path}: a Parquet file needs pandas and pyarrow: pip install 'minirec[tables]'") from None
+    except Exception as error:  # of many kinds, by what reads it
+        raise UserError(f"{path}: cannot be read as Parquet ({str(error).split(chr(10))[0]})") from None
+
+    def rows(places, n=None):
+        return zip(itertools.count(1), *(texts_of(frame.iloc[:n, place]) for place in places), strict=False)
+
+    sample = [row[1:] for row in rows(range(len(frame.columns)), SAMPLE)]
+    return _Table(list(map(str, frame.columns)), True, sample, rows, "Parquet", unit="row")
+
+
+# Columns
+
+
+def _name(field):
+    """Return the name of a column without the type that RecBole gives it, as in user_id:token."""
+    return re.sub(r":\w+$", "", field.strip())
+
+
+def _plain(name):
+    return re.sub(r"[\W_]", "", _name(name).lower())
+
+
+def _shown(text, most=60):
+    return repr(text if len(text) <= most else text[:most] + "...")
+
+
+def _known(names):
+    """Return {"user": place, "item": place} of the first known columns among names, as far as there are."""
+    plain, known = list(map(_plain, names)), {"user": USERS, "item": ITEMS}
+    first = {role: next((name for name in words if name in plain), None) for role, words in known.items()}
+    return {role: plain.index(name) for role, name in first.items() if name}
+
+
+def _values(rows, place):
+    """Return what stands in a column of sampled rows, missing values left out."""
+    return [text for row in rows if len(row) > place and (text := row[place].strip()) not in MISSING]
+
+
+def _is_header(rows, columns):
+    """Whether the first of the sampled rows names columns: those asked for, known ones, or words over numbers."""
+    first, below = [field.strip() for field in rows[0]], rows[1:]
+    if columns and not columns[0].isdigit() and set(map(_name, columns)) <= set(map(_name, first)):
+        return True
+    words = [place for place, field in enumerate(first) if field not in MISSING]
+    if any(kind_of_times([first[place]]) for place in words):
+        return False
+    if any(_plain(field) in {*USERS, *ITEMS, *TIMES} or re.search(":(token|float)", field) for field in first):
+        return True
+    return any(all(kind_of_times([text]) for text in over) for place in words if (over := _values(below, place)))
+
+
+def _refuse(reason, *columns):
+    raise UserError(f"{reason}; say which are user, item and time, as in --columns {','.join(map(str, columns))}")
+
+
+def _choose(table, columns):
+    """Return the places of user, item, time and, where it stands apart, time of day; and remarks on the others."""
+    names, plain, known = table.names, list(map(_plain, table.names)), _known(table.names)
+    kinds = [kind_of_times(_values(table.sample, place)) for place in range(len(names))]
+    times = [p for p, kind in enumerate(kinds) if kind in ("moment", "day") and not plain[p].endswith(IDS)]
+    if columns:
+        places = _asked(table, columns)
+    elif not table.header:
+        fields = " ".join(f"{n}={_shown(field.strip(), 30)}" for n, field in enumerate(table.sample[0][:12], 1))
+        first = [place for place in range(len(names)) if place not in times][:2] + times[:1]
+        _refuse(f"a table with no header, whose first row is {fields}", *(place + 1 for place in first))
+    elif len(known) < 2:
+        first = [names[known[role]] if role in known else role.upper() for role in ("user", "item")]
+        _refuse(
+            f"no user and item columns are known in the header {_shown(', '.join(names), 300)}",
+            *first,
+            *map(names.__getitem__, times[:1]),
+        )
+    elif lists := [name for name in names if _plain(name).endswith("list") and _plain(name)[:-4] in ITEMS]:
+        raise UserError(f"{lists[0]!r} holds lists of items; give a log of one interaction a row")
+    else:
+        places = [known["user"], known["item"]]
+        places += _time_places(names, plain, kinds, places)
+    if again := [p for p in places if plain.count(plain[p]) > 1 and not (columns and columns[0].isdigit())]:
+        _refuse(f"two columns are called {names[again[0]]!r}", *(place + 1 for place in places))
+    left = [names[place] for place in times if place not in places]
+    if left and not columns and (len(places) < 3 or kinds[places[2]] == "number"):
+        taken = [names[place] for place in places[:2]]
+        _refuse(f"{', '.join(left)} looks like times, under no known name, and may be left out", *taken, left[0])
+    remarks = [f"not taken, though it looks like times: {', '.join(left)}"] if left else []
+    if len(places) < 3 and table.sample:
+        remarks.append("no column of times, so the file's order counts; --columns USER,ITEM,TIME names one")
+    return places, remarks
+
+
+def _asked(table, columns):
+    """Return the places of columns that a person names, or counts from 1."""
+    places = {str(place + 1): place for place in range(len(table.names))}
+    places, columns = places | {name: place for place, name in enumerate(table.names)}, list(map(_name, columns))
+    if wrong := [column for column in columns if column not in places]:
+        near = difflib.get_close_matches(wrong[0], table.names, 1, 0.4) if table.header else ()
+        hint = "".join(f"; did you mean {name!r}?" for name in near)
+        raise UserError(f"no columns {', '.join(wrong)} among {_shown(', '.join(table.names), 300)}{hint}")
+    return [places[column] for column in columns]
+
+
+def _time_places(names, plain, kinds, taken):
+    """Return the place of the column of times, or of a day and of a time of day, or nothing."""
+    ranks = {p: TIMES.index(plain[p]) for p in range(len(names)) if plain[p] in TIMES and p not in taken}
+    for place, kind in enumerate(kinds):
+        if kind in ("moment", "day", "clock") and place not in taken and LIKE_TIMES.fullmatch(names[place]):
+            ranks.setdefault(place, len(TIMES))
+    groups = ("moment",), ("number", "day", "clock"), (None,)
+    pool = next(filter(None, ([place for place in ranks if kinds[place] in group] for group in groups)), [])
+    held, best = {kinds[place] for place in pool}, [p for p in pool if ranks[p] == min(ranks[q] for q in pool)]
+    if held == {"day", "clock"} and len(pool) == 2:
+        return sorted(pool, key=lambda place: kinds[place] == "clock")
+    shown = ", ".join(names[place] for place in pool)
+    if held == {"clock"}:
+        raise UserError(f"{shown} holds times of day without a day; --columns names another column")
+    if len(held) > 1 or len({plain[place] for place in best}) > 1:
+        _refuse(
+            f"{shown} may each be the time (a day and a time of day are joined)", *(names[p] for p in [*taken, pool[0]])
+        )
+    return best[:1]
