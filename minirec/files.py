@@ -5,6 +5,7 @@ one. What is read is data, perhaps a stranger's: nothing is unpickled, a link or
 refused, and sizes are looked at before anything of that size is made.
 """
 
+import base64
 import contextlib
 import hashlib
 import itertools
@@ -106,6 +107,21 @@ def write_json_lines(path, values):
     """Write a file of one JSON object a line."""
     text = "".join(json.dumps(value, allow_nan=False) + "\n" for value in values)
     replace(path, lambda file: file.write(text.encode()))
+
+
+def self_contained(template, data):
+    """Return a page of one file that loads nothing, as UTF-8.
+
+    In the template, DATA-HERE becomes the data as JSON, with <, > and & escaped, so that no name in it is markup.
+    SCRIPT-HASH becomes the hash of the one script that the page's policy lets run.
+    """
+    script = template.split("<script>")[1].split("</script>")[0]
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    before, after = template.replace("SCRIPT-HASH", f"sha256-{digest}").split("DATA-HERE")
+    text = json.dumps(data, allow_nan=False, separators=(",", ":"))  # pure ASCII
+    for mark in "<>&":
+        text = text.replace(mark, f"\\u{ord(mark):04x}")
+    return (before + text + after).encode()
 
 
 def write_arrays(path, arrays, previous=None):

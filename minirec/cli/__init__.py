@@ -46,6 +46,6 @@ def main(ctx):
 for command in (
     *(study.study, train.train),
     *(inspect.evaluate, inspect.decompose, inspect.recommend, inspect.report),
-    *(lessons.gradcheck, lessons.trace, data.describe, data.fetch),
+    *(lessons.lesson, lessons.exercise, lessons.gradcheck, lessons.trace, data.describe, data.fetch),
 ):  # in the order in which a newcomer meets them
     main.add_command(command)

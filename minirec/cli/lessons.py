@@ -1,14 +1,18 @@
-"""For those who learn: `gradcheck`, `trace`."""
+"""For those who learn: `lesson`, `exercise`, `gradcheck`, `trace`."""
 
 import re
+from pathlib import Path
 
 import click
 
+from minirec import files
 from minirec.attention import known_weightings
 from minirec.backend import load as load_backend
-from minirec.cli.common import Command, backend_option, progress
+from minirec.cli.common import PROGRAM, Command, as_called, backend_option, progress, say
 from minirec.errors import UserError
+from minirec.lesson import exercises, recording
 from minirec.lesson import gradcheck as checking
+from minirec.lesson import page as lesson_page
 from minirec.lesson import trace as tracing
 
 
@@ -62,16 +66,77 @@ def gradcheck(attn, backend):
 
 @click.command(cls=Command)
 @click.option("--attn", type=click.Choice(known_weightings()), default="softmax")
-@click.option("--seed", type=click.IntRange(min=0), default=tracing.SEED, help="Of the parameters.")
+@click.option("--seed", type=click.IntRange(min=0), default=recording.SEED, help="Of the parameters.")
 def trace(attn, seed):
     """What does the model compute? Every number of one tiny step.
 
-    To be read beside the code: three users, D = 4, two heads, one block; the forward, all gradients beside
-    central differences, the same parameters under other attention weightings, and one position taken apart.
+    Three users, D = 4, two heads, one block: the parameters; each line of the code that runs, forwards and backwards,
+    with the numbers that it writes; all gradients beside central differences; the loss under each attention
+    weighting; how much each position mixes. The page that `lesson` writes shows the same.
 
     \b
     python cli.py trace | less
     python cli.py trace --attn uniform
     """
-    for step in tracing.steps(attn, seed):
-        click.echo("\n".join(tracing.lines(step)))
+    for line in tracing.lines(attn, seed):
+        click.echo(line)
+
+
+@click.command(cls=Command)
+@click.argument("name", required=False, metavar="[NAME]")
+@click.option("--check", type=click.Path(path_type=Path), metavar="FILE", help="Is the function in FILE right?")
+@click.option("--solution", is_flag=True, help="Print ours.")
+def exercise(name, check, solution):
+    """Can you write the hard parts? Thirteen functions to try.
+
+    Without a NAME, they are listed. With one, NAME.py is written: what the function may use, what is asked, and its
+    signature. --check runs it, in a process of its own, against central differences or our own function, and says
+    which results are off and by what pattern, with a hint; the exit status is 1 until all is right.
+
+    \b
+    python cli.py exercise layer_norm_backward
+    python cli.py exercise layer_norm_backward --check layer_norm_backward.py
+    python cli.py exercise layer_norm_backward --solution
+    """
+    known = exercises.exercises()
+    if check and solution:
+        raise click.UsageError("--check and --solution: choose one of them.")
+    if name is None:
+        if check or solution:
+            raise click.UsageError("which exercise? Give its name.")
+        for title, words in known.items():
+            click.echo(f"{title:<28}minirec/{words.module.replace('.', '/')}.py")
+        say(f"{PROGRAM} exercise NAME writes NAME.py, in which the function is to be written")
+        return
+    if name not in known:
+        raise click.UsageError(f"no exercise {name!r}: choose from {', '.join(known)}.")
+    if solution:
+        click.echo(exercises.solution(name), nl=False)
+    elif check:
+        right, lines = exercises.judge(name, exercises.run_apart(name, check))
+        click.echo("\n".join(lines))
+        if not right:
+            raise click.exceptions.Exit(1)
+    else:
+        path = Path(f"{name}.py")
+        if path.exists():
+            raise UserError(f"{path}: stands here already, and is not overwritten; check it with --check {path}")
+        text = exercises.text_of(name, as_called(PROGRAM))
+        files.replace(path, lambda file: file.write(text.encode()))
+        say(f"wrote {path}; {PROGRAM} exercise {name} --check {path} says whether it is right")
+
+
+@click.command(cls=Command)
+@click.option("--out", type=click.Path(path_type=Path, dir_okay=False), default="lesson.html")
+def lesson(out):
+    """How does a transformer work, line by line? A page shows it.
+
+    Writes one HTML file that needs no network: the text of the source, its code, and beside each line the numbers that
+    it computes in one tiny training step, forwards and backwards, under each attention weighting.
+
+    \b
+    python cli.py lesson
+    """
+    page = as_called(lesson_page.page().decode()).encode()
+    files.write(out, lambda file: file.write(page))
+    say(f"wrote {out}: {len(page) / 1e6:.2f} MB; open it in a browser")

@@ -1,1 +1,1 @@
-"""The lesson: gradients checked, one step traced."""
+"""The lesson: one tiny step recorded line by line, for a page and for the terminal; gradients checked; exercises."""

@@ -186,15 +186,12 @@ def first_fault(operation_errors, parameter_errors):
 
     operation_errors: what check_operations yields; parameter_errors: of several weightings, (name, error).
     """
+    inherited = "everything before it in the backward pass inherits that"
     for operation, gradient, error in operation_errors:
         if not error < TOLERANCE:
-            return (
-                f"{operation}: {gradient} off by {error:.2g}; everything before it in the backward pass inherits that"
-            )
+            return f"{operation}: {gradient} off by {error:.2g}; {inherited}"
     for name, error in parameter_errors:
         if not error < TOLERANCE:
-            return (
-                f"{name}: off by {error:.2g}, though every operation is right alone; look at how the backward of its "
-                "block connects them. Everything before it in the backward pass inherits that"
-            )
+            connected = "though every operation is right alone; look at how the backward of its block connects them"
+            return f"{name}: off by {error:.2g}, {connected}; {inherited}"
     return None

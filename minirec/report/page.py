@@ -8,9 +8,6 @@ shows them as text.
 Symbols: H heads, L positions, n keys of a row.
 """
 
-import base64
-import hashlib
-import json
 import math
 import unicodedata
 from contextlib import nullcontext
@@ -57,13 +54,7 @@ LEVELS = len(LETTERS) ** 2 - 1
 def page(found):
     """Return the page, as UTF-8, that shows what describe_run or describe_study found."""
     template = resources.files("minirec.report").joinpath("page.html").read_text("utf-8")
-    script = template.split("<script>")[1].split("</script>")[0]
-    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    before, after = template.replace("SCRIPT-HASH", f"sha256-{digest}").split("DATA-HERE")
-    text = json.dumps(found, allow_nan=False, separators=(",", ":"))  # pure ASCII
-    for mark in "<>&":
-        text = text.replace(mark, f"\\u{ord(mark):04x}")
-    return (before + text + after).encode()
+    return files.self_contained(template, found)
 
 
 def legible(name):

@@ -1,0 +1,247 @@
+"""The lesson as a page: the core's source, with what each line computes beside it, in one HTML file.
+
+Nothing is written twice. The text is the docstrings and comments of the source, the code is the source, and the numbers
+are those of the recording, under each weighting. lesson.html shows them.
+"""
+
+import ast
+import html
+import inspect
+import io
+import itertools
+import keyword
+import re
+import textwrap
+import tokenize
+from collections import Counter
+from importlib import resources
+from types import FunctionType, ModuleType
+
+import numpy as np
+
+from minirec import decompose, errors, files, loss, model, ops, optimizer, parameters, plain
+from minirec.attention import known_weightings
+from minirec.lesson import gradcheck, recording
+from minirec.lesson.exercises import exercises
+
+CHAPTERS = (plain, errors, *recording.CORE[1:])
+NAMES = [module.__name__.removeprefix("minirec.") for module in CHAPTERS]
+INDENT = 4  # columns; what stands further to the right in a docstring is a derivation, or a table
+
+
+# The text
+
+
+def prose(text):
+    """Return a docstring or comment as HTML: paragraphs, and what is indented as it stands."""
+    blocks, gap = [], False
+    for line in inspect.cleandoc(text).splitlines():
+        derived = line.startswith(" " * INDENT)
+        if line:
+            if not blocks or blocks[-1][0] != derived or (gap and not derived):
+                blocks.append((derived, []))
+            blocks[-1][1].extend([""] * (gap and bool(blocks[-1][1])) + [line])
+        gap = not line
+    out = ""
+    for derived, lines in blocks:
+        block = html.escape(textwrap.dedent("\n".join(lines)), quote=False)
+        if not derived:
+            block = re.sub(r"`([^`]+)`", r"<code>\1</code>", block)
+            block = re.sub(rf"\b({'|'.join(NAMES)})\.py\b", r'<a href="#\1">\1.py</a>', block)
+        out += f"<pre>{block}</pre>" if derived else f"<p>{block}</p>"
+    return out
+
+
+def coloured(source):
+    """Return the lines of a source as HTML: keywords, strings, comments, numbers and names in elements of their own."""
+    lines = source.splitlines()
+    out, column, row = [""] * len(lines), 0, 1
+    kinds = {tokenize.COMMENT: "c", tokenize.NUMBER: "m", tokenize.STRING: "s", tokenize.NAME: "n"}
+    for token in tokenize.generate_tokens(io.StringIO(source).readline):
+        kind = kinds.get(token.type, "s" if tokenize.tok_name[token.type].startswith("FSTRING") else "")
+        kind = "k" if keyword.iskeyword(token.string) else kind
+        if token.string.strip() or kind:
+            (first, start), (last, stop) = token.start, token.end
+            for n in range(first, last + 1):
+                column = column if n == row else 0
+                begin = start if n == first else 0
+                end = stop if n == last else len(lines[n - 1])
+                text = html.escape(lines[n - 1][begin:end], quote=False)
+                out[n - 1] += lines[n - 1][column:begin] + (f'<span class="{kind}">{text}</span>' if kind else text)
+                row, column = n, end
+    return out
+
+
+def chapter(module):
+    """Return a module as HTML: each of its parts with its text on the left and its code on the right."""
+    source, name = inspect.getsource(module), module.__name__.removeprefix("minirec.")
+    tree, lines, code = ast.parse(source), source.splitlines(), coloured(source)
+    solved = {words.function: title for title, words in exercises().items() if words.module == name}
+    parts = [f'<section id="{name}"><h2>{name}.py</h2><div class="prose">{prose(ast.get_docstring(tree))}</div>']
+    words, units = {}, {}  # {line: text}, {line: the function or class that it belongs to}
+    for n, line in enumerate(lines, 1):
+        if line.strip().startswith("#"):
+            words[n] = line.strip().removeprefix("#").removeprefix(" ")
+    for node in ast.walk(tree):
+        if isinstance(node, (ast.Module, ast.FunctionDef, ast.ClassDef)) and ast.get_docstring(node):
+            places = range(node.body[0].lineno, node.body[0].end_lineno + 1)
+            words |= dict(itertools.zip_longest(places, ast.get_docstring(node).splitlines(), fillvalue=""))
+    for node, above in zip(tree.body[1:], tree.body[:-1], strict=True):
+        unit = node if isinstance(node, (ast.FunctionDef, ast.ClassDef)) else None  # imports and constants: together
+        units |= dict.fromkeys(range(above.end_lineno + 1, node.end_lineno + 1), unit)
+    for unit, numbers in itertools.groupby(sorted(units), units.get):
+        rows, says = [[f"<h3>{unit.name}</h3>" if unit else "", ""]], []
+        for n in numbers:
+            line = lines[n - 1]
+            if n in words:
+                says.append(words[n])
+            elif line.strip():
+                if says and rows[-1][1]:
+                    rows.append(["", ""])
+                rows[-1][0] += prose("\n".join(says))
+                says, indent = [], len(line) - len(line.lstrip())
+                rows[-1][1] += (
+                    f'<div class="line" id="{name}-{n}" style="--indent: {indent}"><a href="#{name}-{n}" tabindex="-1" '
+                    f'aria-hidden="true">{n}</a><code>{code[n - 1]}</code><span class="values"></span></div>'
+                )
+        rows[-1][0] += prose("\n".join(says))
+        if unit and unit.name in solved:
+            command = f"python cli.py exercise {solved[unit.name]}"
+            rows[-1][0] += f'<p class="try">Write it yourself: <code>{command}</code></p>'
+        function = f' data-function="{name}.{unit.name}"' if unit else ""
+        body = "".join(f'<div class="text">{text}</div><div class="code">{shown}</div>' for text, shown in rows)
+        parts.append(f'<article{function}><div class="calls"></div>{body}</article>')
+    return "".join(parts) + "</section>"
+
+
+# The numbers
+
+
+def scenes(attn):
+    """Run what is recorded: a step of the plain model and of the fast one, and what else the core has to show."""
+    config, p = recording.example(attn)
+    rng, sequences = np.random.default_rng(0), recording.SEQUENCES
+    copies = {name: value.copy() for name, value in p.items()}
+    moments = [{name: np.zeros_like(value) for name, value in p.items()} for _ in range(2)]
+    _, g = plain.loss_and_gradients(sequences, copies, config.n_heads, (attn,))
+    plain.adam_step(copies, g, *moments, step=1)
+    plain.init_parameters(6, 4, 1, 4)
+    plain.draw_masks(3, 4, 2, 1, 0.5, rng)
+    plain.hit_rate(sequences, p, config.n_heads, (attn,), k=3)
+    parameters.init_parameters(config, 0)
+    _, gradients = model.loss_and_gradients(p, config, sequences)
+    vectors = [np.concatenate([x.ravel() for x in part.values()]) for part in (p, gradients)]
+    optimizer.adam_step(*vectors, *np.zeros((2, len(vectors[0]))), 1, 1e-3)
+    x = np.concatenate(model.encode(p, config, [s[:-1] for s in sequences]))
+    targets = np.concatenate([s[1:] for s in sequences])
+    items, negatives = p["item_embedding"], rng.integers(6, size=len(x))
+    loss.sampled_cross_entropy(x, items, targets, negatives[:3], 1 / len(x), np.zeros_like(items))
+    loss.binary_cross_entropy(x, items, targets, negatives, 1 / len(x), np.zeros_like(items))
+    _, mask = ops.dropout(x, 0.5, rng)
+    ops.dropout_backward(x, mask)
+    model.attention_matrices(p, config, sequences[0])
+    decompose.summarise(decompose.decompose(p, config, [s[:-1] for s in sequences]))
+    decompose.contributions(p, config, sequences[0][:-1])
+
+
+class Values:
+    """A list of values ready for JSON, each once: arrays [shape, numbers], nests {kind, parts}, and else a text."""
+
+    def __init__(self):
+        self.list, self.known = [], {}
+
+    def add(self, value):
+        """Return the index of a value."""
+        if isinstance(value, (int, float, np.ndarray, np.generic)) and not isinstance(value, bool):
+            x = np.asarray(value)
+            key, entry = (x.shape, x.dtype.str, x.tobytes()), lambda: [list(x.shape), [shown(v) for v in x.flat]]
+        elif isinstance(value, (dict, list, tuple)):
+            names = getattr(value, "_fields", range(len(value)))
+            named = value if isinstance(value, dict) else dict(zip(names, value, strict=True))
+            parts = [[str(name), self.add(part)] for name, part in named.items()]
+            entry = {"kind": type(value).__name__, "parts": parts}
+            key = repr(entry)
+        else:
+            entry = value.__name__ if isinstance(value, (ModuleType, FunctionType)) else str(value)
+            key = entry = re.sub(r" at 0x\w+| object", "", entry)[:200]
+        if key not in self.known:
+            self.known[key] = len(self.list)
+            self.list.append(entry() if callable(entry) else entry)
+        return self.known[key]
+
+
+def shown(number):
+    """Return a number with four digits, ready for JSON."""
+    if isinstance(number, (int, np.integer, np.bool_)):
+        return int(number)
+    return float(f"{number:.4g}") if np.isfinite(number) else str(number).replace("-", "\u2212")
+
+
+def calls_of(recordings, values):
+    """Return the calls, ready for JSON: those of several recordings are one where they were made at the same place.
+
+    A call: [function, the call that made it, the line there, the call that it is the backward of (-1: none),
+    {line: [[name, value, value of the second time, ...], ...]}]. A value: its index, or one a recording (-1: none).
+    """
+    found, indices = [], {}
+    for which, events in enumerate(recordings):
+        index, times = {None: -1}, Counter()
+
+        def place(call, index=index, times=times):
+            if call not in index:
+                name = f"{call.module.__name__.removeprefix('minirec.')}.{call.function}"
+                key = (place(call.caller), call.line, name)
+                times[key] += 1
+                index[call] = indices.setdefault((*key, times[key]), len(found))
+                if index[call] == len(found):
+                    found.append([name, key[0], call.line, place(call.forward) if call.forward else -1, {}])
+            return index[call]
+
+        passes = Counter()
+        for event in events:
+            n = place(event.call)
+            names, key = found[n][4].setdefault(event.line, {}), (n, event.line, event.name)
+            entries = names.setdefault(event.name, [])
+            passes[key] += 1
+            entries += [[-1] * len(recordings)] * (passes[key] - len(entries))
+            entries[passes[key] - 1] = [*entries[passes[key] - 1]]
+            entries[passes[key] - 1][which] = values.add(event.value)
+    for call in found:
+        for line, names in call[4].items():
+            one = lambda entry: entry[0] if len(set(entry)) == 1 else entry
+            call[4][line] = [[name, *map(one, entries)] for name, entries in names.items()]
+    return found
+
+
+def gradients(values):
+    """Return [name, gradient, central difference, off by] of each parameter, a list of one a weighting each."""
+    rows = []
+    for attn in known_weightings():
+        config, p = recording.example(attn)
+        now = lambda config=config, p=p: model.loss_and_gradients(p, config, recording.SEQUENCES)
+        for n, (name, gradient) in enumerate(now()[1].items()):
+            numeric = gradcheck.central_differences(lambda now=now: now()[0], p[name])
+            rows += [[name, [], [], []]] if n == len(rows) else []
+            off = float(f"{np.abs(gradient - numeric).max():.0e}")
+            for part, value in zip(rows[n][1:], (values.add(gradient), values.add(numeric), off), strict=True):
+                part.append(value)
+    return rows
+
+
+def describe():
+    """Return what the page shows beside the source, ready for JSON."""
+    values, weightings = Values(), known_weightings()
+    recordings = [recording.record(lambda attn=attn: scenes(attn)) for attn in weightings]
+    return {
+        "weightings": weightings,
+        "calls": calls_of(recordings, values),
+        "gradients": gradients(values),
+        "exercises": [[name, words.function, words.asks] for name, words in exercises().items()],
+        "values": values.list,  # filled by the lines above
+    }
+
+
+def page():
+    """Return the page, as UTF-8."""
+    template = resources.files("minirec.lesson").joinpath("lesson.html").read_text("utf-8")
+    return files.self_contained(template.replace("CHAPTERS-HERE", "".join(map(chapter, CHAPTERS))), describe())
