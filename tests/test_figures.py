@@ -3,20 +3,13 @@
 import numpy as np
 import pytest
 
-from minirec.decompose import RATIOS
+from minirec.decompose import RATIOS, decompose
+from minirec.parameters import Config, init_parameters
 from minirec.studies import statistics
 
 pytest.importorskip("matplotlib", reason="pictures need matplotlib")
 
 from minirec.studies import plots  # noqa: E402
-
-
-@pytest.fixture
-def drawn(monkeypatch):
-    """{file name: figure} of all figures that are saved."""
-    saved = {}
-    monkeypatch.setattr(plots, "save", lambda figure, path: saved.update({path.name: figure}))
-    return saved
 
 
 @pytest.fixture
@@ -28,30 +21,61 @@ def results(rng):
         maps = {name: rng.random((3, 3)) for name in ("attention", "contribution")}
         for values in maps.values():
             values[np.triu_indices(3, 1)] = np.nan
-        return counts | {name: np.where(np.isnan(v), None, v).tolist() for name, v in maps.items()}
+        return counts | {name: plots.with_nulls(v) for name, v in maps.items()}
 
-    numbers = {"a": {"mixing_ratio": 0.1, "mean_g": 1.5}, "b": {"mixing_ratio": 0.4, "mean_g": -0.5}}
-    return {name: values | {"pictures": [block(), block()]} for name, values in numbers.items()}
+    numbers = {
+        "a": {"mixing_ratio": 0.1, "mean_hedges_g": 1.5, "mixing_ratio_interval": [0.05, 0.15], "seeds": [0, 1, 2]},
+        "b": {"mixing_ratio": 0.4, "mean_hedges_g": -0.5, "mixing_ratio_interval": [0.3, 0.5], "seeds": [0, 1, 2]},
+    }
+    curves = {name: {attn: rng.random((2, 4)).tolist() for attn in ("softmax", "uniform")} for name in "ab"}
+    pictures = {name: [block(), block()] for name in "ab"}
+    return {name: numbers[name] | {"pictures": pictures[name], "curves": curves[name]} for name in "ab"}
 
 
-@pytest.fixture
-def curves(rng):
-    return {name: {attn: rng.random((2, 4)).tolist() for attn in ("softmax", "uniform")} for name in ("a", "b")}
-
-
-def test_every_picture_is_drawn_under_its_name(drawn, results, curves, tmp_path):
-    paths = plots.study_pictures(results, results, curves, tmp_path)
+def test_every_picture_is_drawn_under_its_name_and_written_by_its_suffix(results, tmp_path):
+    figures = plots.study_figures(results)
     kinds = ("heatmaps", "ratios", "curves")
-    assert [path.name for path in paths] == ["rq3.png", *(f"{name}-{kind}.png" for name in "ab" for kind in kinds)]
-    assert list(drawn) == [path.name for path in paths]
+    assert list(figures) == ["rq3", *(f"{name}-{kind}" for name in "ab" for kind in kinds)]
+    for suffix, begins in (("png", b"\x89PNG"), ("pdf", b"%PDF"), ("svg", b"<?xml")):
+        plots.write(figures["a-curves"], tmp_path / f"a.{suffix}")
+        assert (tmp_path / f"a.{suffix}").read_bytes().startswith(begins)
 
 
-def test_heatmaps_show_weights_beside_contributions_with_the_latest_position_at_the_lower_right(
-    drawn, results, curves, tmp_path
-):
-    plots.study_pictures(results, results, curves, tmp_path)
+def test_exactly_uniform_weights_are_one_everywhere_however_long_the_sequences_are(rng):
+    lengths, n = rng.integers(1, 9, 50), 5  # some shorter than the map, as in decompose.decompose
+    sums, counts = np.zeros((2, n, n)), np.zeros((n, n))
+    scale = rng.random(n)  # of the keys: what one contributes beyond its weight
+    for length in lengths:
+        for i in range(min(n, length)):
+            for j in range(i, min(n, length)):  # both counted back from the latest
+                at = n - 1 - i, n - 1 - j
+                sums[:, *at] += np.array([1, 99 if i == j else scale[n - 1 - j]]) / (length - i)
+                counts[at] += 1
+    attention, contribution = np.where(counts > 0, sums / np.maximum(counts, 1), np.nan)
+    ((block),) = plots.relative_maps([{"attention": attention, "contribution": contribution, "attn": 3}], lengths)
+    assert block["attn"] == 3
+    found = {name: np.array(block[name], float) for name in ("attention", "contribution")}
+    reached = np.tri(n, dtype=bool)
+    np.testing.assert_allclose(found["attention"][reached], 1)
+    assert np.isnan(found["attention"][~reached]).all() and np.isnan(np.diag(found["contribution"])).all()
+    for i in range(1, n):  # the query's own, 99, hides nothing
+        np.testing.assert_allclose(found["contribution"][i, :i], scale[:i] / scale[:i].mean())
+
+
+def test_heatmaps_of_a_decomposition_are_relative_to_its_lengths(rng):
+    parameters = init_parameters(Config(20, max_length=6, hidden_size=8, attn="uniform"), 0)
+    config = Config(20, max_length=6, hidden_size=8, attn="uniform")
+    result = decompose(parameters, config, [rng.integers(20, size=n) for n in (2, 5, 9)])
+    axes = [axis for axis in plots.heatmaps(result).axes if "attention" in axis.get_title()]
+    for axis in axes:
+        (mesh,) = axis.collections
+        np.testing.assert_allclose(mesh.get_array().compressed(), 1, rtol=1e-5)
+
+
+def test_heatmaps_show_weights_beside_contributions_with_the_latest_position_at_the_lower_right(results):
+    figures = plots.study_figures(results)
     for name, result in results.items():
-        axes = [axis for axis in drawn[f"{name}-heatmaps.png"].axes if axis.get_title()]  # the others are colour bars
+        axes = [axis for axis in figures[f"{name}-heatmaps"].axes if axis.get_title()]  # the others are colour bars
         wanted = [(i, key) for i in (0, 1) for key in ("attention", "contribution")]
         for axis, (i, key) in zip(axes, wanted, strict=True):
             assert axis.get_title().startswith(f"block {i}: {key} ")
@@ -63,50 +87,69 @@ def test_heatmaps_show_weights_beside_contributions_with_the_latest_position_at_
             assert "key" in axis.get_xlabel() and "query" in axis.get_ylabel() and axis.yaxis_inverted()
 
 
-def test_distributions_are_shares_under_the_name_of_their_ratio(drawn, results, curves, tmp_path):
-    plots.study_pictures(results, results, curves, tmp_path)
+def test_distributions_are_shares_under_the_name_of_their_ratio_with_the_line_where_mixing_begins(results):
     for name, result in results.items():
-        axes = drawn[f"{name}-ratios.png"].axes
-        for i, (axis, block) in enumerate(zip(axes, result["pictures"], strict=True)):
+        figure = plots.ratio_distributions(name, result["pictures"])
+        assert len({axis.get_ylim() for axis in figure.axes}) == 1
+        for i, (axis, block) in enumerate(zip(figure.axes, result["pictures"], strict=True)):
             assert f"{name}, block {i}" in axis.get_title()
-            found = {stairs.get_label(): stairs.get_data() for stairs in axis.patches}
+            assert [list(line.get_xdata()) for line in axis.lines] == [[statistics.MIXES_ABOVE] * 2]
+            shown = {stairs.get_label(): stairs.get_data() for stairs in axis.patches}
             labels = {"Attn": "attn", "AttnRes": "attn_res", "AttnResLN": "attn_res_ln"}
-            assert found.keys() == labels.keys()
+            assert shown.keys() == labels.keys()
             for label, key in labels.items():
                 counts = np.array(block[key])
-                np.testing.assert_allclose(found[label].values, 100 * counts / counts.sum())
-                np.testing.assert_allclose(found[label].edges, np.linspace(0, 1, 51))
+                np.testing.assert_allclose(shown[label].values, 100 * counts / counts.sum())
+                np.testing.assert_allclose(shown[label].edges, np.linspace(0, 1, 51))
 
 
-def test_learning_curves_are_those_of_their_weighting_from_the_first_epoch_on(drawn, results, curves, tmp_path):
-    plots.study_pictures(results, results, curves, tmp_path)
-    for name in results:
-        (axis,) = drawn[f"{name}-curves.png"].axes
-        styles = {line.get_label(): line.get_linestyle() for line in axis.lines if line.get_label()[0] != "_"}
-        assert styles.keys() == curves[name].keys() and len(set(styles.values())) == len(styles)
+def test_learning_curves_are_those_of_their_weighting_with_the_kept_epoch_marked(results):
+    for name, result in results.items():
+        (axis,) = plots.learning_curves(name, result["curves"]).axes
+        lines = [line for line in axis.lines if line.get_linestyle() != "None"]
+        styles = {line.get_label(): line.get_linestyle() for line in lines if line.get_label()[0] != "_"}
+        assert styles.keys() == result["curves"].keys() and len(set(styles.values())) == len(styles)
         for attn, style in styles.items():
-            lines = [line for line in axis.lines if line.get_linestyle() == style]
-            assert [line.get_ydata().tolist() for line in lines] == curves[name][attn]
-            assert all(list(line.get_xdata()) == [1, 2, 3, 4] for line in lines)
+            of_attn = [line for line in lines if line.get_linestyle() == style]
+            assert [line.get_ydata().tolist() for line in of_attn] == result["curves"][attn]
+            assert all(list(line.get_xdata()) == [1, 2, 3, 4] for line in of_attn)
+        marks = [(*line.get_xdata(), *line.get_ydata()) for line in axis.lines if line.get_marker() == "o"]
+        values = sum(result["curves"].values(), [])
+        assert marks == [*((1 + int(np.argmax(v)), max(v)) for v in values), ()]  # the last one is the legend's
+        assert all(tick == int(tick) for tick in axis.get_xticks())
 
 
-def test_the_plane_holds_every_log_at_its_ratio_and_effect_size(drawn, results, curves, tmp_path):
-    everything = results | {"earlier": {"mixing_ratio": 0.6, "mean_g": 9.5}}  # studied in this folder before
-    everything |= {"alone": {"mixing_ratio": 0.3, "mean_g": None}}  # one seed has no effect size
-    plots.study_pictures(results, everything, curves, tmp_path)
-    (axis,) = drawn["rq3.png"].axes
-    expected = {name: (result["mixing_ratio"], result["mean_g"]) for name, result in everything.items()}
-    del expected["alone"]
+def test_the_plane_holds_every_log_at_its_ratio_and_effect_size_with_their_intervals(results):
+    everything = results | {"earlier": {"mixing_ratio": 0.6, "mean_hedges_g": 9.5}}  # studied in this folder before
+    everything |= {"alone": {"mixing_ratio": 0.3, "mean_hedges_g": None}}  # one seed has no effect size
+    (axis,) = plots.rq3_plane(everything).axes
+    (low, high), (left, right) = axis.get_ylim(), axis.get_xlim()
+    expected = {name: (result["mixing_ratio"], result["mean_hedges_g"]) for name, result in everything.items()}
+    expected["alone"] = 0.3, low  # on the lower edge
     expected |= {
-        name: (point["mixing_ratio"], statistics.mean_g(point["hedges_g"].values()))
+        name: (point["mixing_ratio"], statistics.mean_hedges_g(point["hedges_g"].values()))
         for name, point in statistics.published()["datasets"].items()
     }
-    named = {text.get_text(): text.xy for text in axis.texts if hasattr(text, "xy")}
-    assert named == expected
+    named = {text.get_text().removesuffix(" (no g)"): text.xy for text in axis.texts if hasattr(text, "xy")}
+    assert named == expected and any(text.get_text() == "alone (no g)" for text in axis.texts)
     points = {
         group.get_label(): group.get_offsets().tolist() for group in axis.collections if group.get_label()[0] != "_"
     }
-    assert points["this study"] == [list(expected[name]) for name in ("a", "b", "earlier")]
+    assert points["this study"] == [list(expected[name]) for name in ("a", "b", "earlier", "alone")]
     np.testing.assert_allclose(sorted(sum(points.values(), [])), sorted(map(list, expected.values())))
-    (low, high), (left, right) = axis.get_ylim(), axis.get_xlim()
     assert all(left <= x <= right and low <= y <= high for x, y in expected.values())
+    bars = [(list(line.get_xdata()), list(line.get_ydata())) for line in axis.lines]
+    for name in "ab":
+        x, g = expected[name]
+        assert ([x, x], statistics.hedges_g_interval(g, 3)) in bars
+        assert (results[name]["mixing_ratio_interval"], [g, g]) in bars
+
+
+def test_names_in_the_plane_do_not_overlap():
+    close = {f"log {i}": {"mixing_ratio": 0.3 + i / 1000, "mean_hedges_g": 1.0 + i / 100} for i in range(4)}
+    figure = plots.rq3_plane(close)
+    figure.draw_without_rendering()
+    (axis,) = figure.axes
+    boxes = [text.get_window_extent() for text in axis.texts if hasattr(text, "xy")]
+    assert len(boxes) == 18
+    assert not [1 for i, box in enumerate(boxes) for other in boxes[:i] if box.overlaps(other)]

@@ -23,7 +23,7 @@ from minirec.data.log import Log
 from minirec.data.split import leave_one_out
 from minirec.errors import UserError
 from minirec.report import page as report
-from minirec.studies import grid, statistics
+from minirec.studies import statistics
 from minirec.training import ranking, runs
 
 QUICK = ("--epochs", 1, "--seeds", 2, "--attn", "softmax", "--attn", "uniform")
@@ -75,11 +75,8 @@ def embedded(page):
 
 def decode(row):
     """What the page's script makes of a row."""
-    most, letters = row
-    values = [
-        report.LETTERS.index(a) * 64 + report.LETTERS.index(b) for a, b in zip(letters[::2], letters[1::2], strict=True)
-    ]
-    return most * np.array(values) / report.LEVELS
+    most, levels = row
+    return most * np.array(levels) / report.LEVELS
 
 
 def loaded(folder):
@@ -102,7 +99,7 @@ def picked(found, log):
             yield user, position, number, log.history(number)[: position["position"] + 1]
 
 
-def test_a_row_keeps_four_digits_of_its_largest_value(rng):
+def test_a_row_keeps_three_digits_of_its_largest_value(rng):
     for values in (rng.random(200), np.full(7, 1 / 7), np.zeros(3), np.array([1e-9, 3e4])):
         assert np.abs(decode(report.row(values)) - values).max() <= values.max() / (2 * report.LEVELS) * 1.1
 
@@ -116,12 +113,12 @@ def test_weights_and_norms_are_those_of_the_decomposition(trained, found):
         together = decompose.contributions(parameters, config, history)
         _, caches = decompose.block_caches(parameters, config, history, np.array([0]), np.array([len(history)]))
         for shown, block, cache, norms in zip(position["blocks"], result["blocks"], caches, together, strict=True):
-            np.testing.assert_allclose(decode(shown["contribution"]), norms[-1], atol=1e-3)
+            np.testing.assert_allclose(decode(shown["contribution"]), norms[-1], atol=5e-3)
             a = cache["attention"][0].weights[0, :, -1]  # [H, L]
             for h in range(config.n_heads):
                 weights = decode(shown["attention"][h])
-                assert weights.sum() == pytest.approx(1, abs=5e-3) and len(weights) == len(history)
-                np.testing.assert_allclose(weights, a[h], atol=2e-4)
+                assert weights.sum() == pytest.approx(1, abs=2e-2) and len(weights) == len(history)
+                np.testing.assert_allclose(weights, a[h], atol=6e-4)
             assert len(shown["heads"]) == config.n_heads
             for name in decompose.RATIOS:
                 assert shown["ratios"][name] == pytest.approx(block[name][-1], abs=1e-4)
@@ -157,8 +154,8 @@ def test_ranks_and_metrics_are_those_of_the_test_split(trained, found):
     settings, parameters, log = loaded(trained)
     test, config = runs.split_log(log, settings).test, runs.model_config(settings)
     for w, attn in ((0, "softmax"), (2, "identity")):
-        put_in = replace(config, attn=attn)
-        ranks = np.concatenate(list(ranking.rank_targets(parameters, put_in, log.sequence, test)))
+        changed = replace(config, attn=attn)
+        ranks = np.concatenate(list(ranking.rank_targets(parameters, changed, log.sequence, test)))
         assert found["metrics"][w] == report.rounded(ranking.metrics(ranks))
         by_user = dict(zip(test.users, ranks, strict=True))
         for user in found["users"]:
@@ -206,8 +203,13 @@ def example(n_users=20, length=9, **sizes):
 def test_the_page_stays_small_for_long_histories(sizes):
     parameters, config, log, test = example(n_users=60, length=220, **sizes)
     users, items = report.explorer(parameters, {"softmax": config}, log, test)
-    assert 5e5 < len(json.dumps([users, items])) < 2.9e6
+    assert 5e5 < len(json.dumps([users, items], separators=(",", ":"))) < 2.9e6
     assert users[0]["name"] == "u0" and users[-1]["name"] == "u59"  # evenly spread
+
+
+def test_the_first_user_is_one_with_the_longest_history_and_the_others_follow_by_length(found):
+    lengths = [user["before"] + len(user["history"]) for user in found["users"]]
+    assert lengths == sorted(lengths, reverse=True) and lengths[0] > lengths[-1]
 
 
 def test_a_run_without_softmax_shows_its_own_weights(tmp_path):
@@ -219,7 +221,7 @@ def test_a_run_without_softmax_shows_its_own_weights(tmp_path):
     (tmp_path / "log.txt").write_text("u1 a b c d\nu2 b c d a\nu3 c d a b\n")
     assert run_cli("train", "--data", "log.txt", "--epochs", 1, "--attn", "uniform", "--out", "run", cwd=tmp_path)
     found = report.describe_run(tmp_path / "run", *loaded(tmp_path / "run"))
-    assert found["weightings"] == list(FIXED)  # softmax was not trained: it is never put in
+    assert found["weightings"] == list(FIXED)  # softmax was not trained: it is never substituted
     tops = found["users"][0]["positions"][0]["tops"]
     assert [len(top) for top in tops] == [1] * len(FIXED)  # all that is left of four items
 
@@ -302,18 +304,21 @@ def test_the_page_of_a_study_holds_its_results(studied):
     assert process.returncode == 0 and "report.html" in process.stderr, process.stderr
     found = embedded((studied / "report.html").read_bytes())
     (dataset,) = found["datasets"]
-    assert dataset["verdict"] == grid.verdict("small", result)
+    assert dataset["verdict"] == result["verdict"]
     assert dataset["point"][0] == report.rounded(result["mixing_ratio"]) and dataset["point"][2] == result["regime"]
     rows = dict(dataset["rows"])
     assert rows["softmax"][3] == report.rounded(list(result["metrics"]["softmax"]["NDCG@10"].values()))
-    assert rows["softmax, uniform put in block 1"][0][0] == report.rounded(result["substitution"]["block 1"]["HR@1"])
+    assert rows["softmax, uniform substituted in block 1"][0][0] == report.rounded(
+        result["substitution"]["block 1"]["HR@1"]
+    )
     assert rows["uniform, history shuffled"][0][0] == report.rounded(result["shuffled"]["uniform"]["HR@1"])
     effects = dict(dataset["effects"])
     assert list(effects) == ["softmax minus uniform"]  # this study has no identity arm
     judged = result["weighting"]["NDCG@10"]
     assert effects["softmax minus uniform"][3] == ["NDCG@10"] + [
         report.rounded(judged[name])
-        for name in ("difference", "relative", "hedges_g", "p", "interval_seeds", "interval_users")
+        for name in ("difference", "relative", "hedges_g", "hedges_g_interval", "p")
+        + ("interval", "interval_seeds", "interval_users")
     ]
     assert dataset["pictures"][0]["attn_res_ln"] == report.rounded(result["pictures"][0]["attn_res_ln"])
     assert len(found["published"]) == len(statistics.published()["datasets"]) == 14
@@ -330,7 +335,7 @@ def test_the_page_of_a_study_holds_its_results(studied):
         lambda text: text.replace('"users": 60', '"users": "many"'),
         lambda text: re.sub(r'"attention": \[', '"attention": [7, ', text),
         lambda text: re.sub(r'"attention": \[', f'"attention": [{"[" * DEEP}{"]" * DEEP}, ', text, count=1),
-        lambda text: re.sub(r'"mean_g": [^,]+', f'"mean_g": {10**400}', text),
+        lambda text: re.sub(r'"mean_hedges_g": [^,]+', f'"mean_hedges_g": {10**400}', text),
     ],
 )
 def test_a_damaged_study_is_named(studied, tmp_path, damage):

@@ -5,7 +5,6 @@ import io
 import json
 import math
 import os
-import re
 import shlex
 import sys
 import time
@@ -23,11 +22,10 @@ from minirec.errors import UserError
 from minirec.training import runs
 from minirec.training.fit import load
 from minirec.training.mpi import abort, launched_rank
-from minirec.training.runs import Source, Training
+from minirec.training.runs import LONGEST_NAME, Source, Training
 
 MANY_REPEATS = 0.2  # of the targets; where more are items that the user had before, people buy again
 SIZE = click.IntRange(1, 1 << 24)
-LONGEST_NAME = 60  # characters of a folder that is named after a log, of a name in a message
 FEW = 3  # names that a message shows of many
 PROGRAM = "python cli.py"  # what our texts call the command line; shown is what it was called by
 INTERRUPTED = 130  # the shell's exit status after Ctrl-C
@@ -310,11 +308,6 @@ def few(names):
     """Return a list of names as text: the first ones, long ones cut, then how many more there are."""
     shown = ", ".join(repr(name if len(name) <= LONGEST_NAME else name[:LONGEST_NAME] + "...") for name in names[:FEW])
     return shown + (f" and {len(names) - FEW:,} more" if len(names) > FEW else "")
-
-
-def log_name(path):
-    """Return a short name for a log, fit for a folder."""
-    return re.sub(r"[^\w-]", "_", Path(path).name.split(".")[0])[:LONGEST_NAME] or "log"
 
 
 def remark_on_repeats(unreachable, n_targets):

@@ -160,7 +160,7 @@ def decompose(run, data, out, backend, workers, as_json):
 
 def _write_decomposition(folder, result):
     """Write decomposition.npz and, where matplotlib is there, heatmaps.png."""
-    from minirec.studies import plots as figures
+    from minirec.studies import plots
 
     files.make_folder(folder)
     arrays = {"users": result["users"], "positions": result["positions"]}
@@ -169,7 +169,7 @@ def _write_decomposition(folder, result):
     files.write_arrays(folder / "decomposition.npz", arrays)
     say(f"wrote {folder / 'decomposition.npz'}")
     try:
-        figures.heatmaps(result, folder / "heatmaps.png")
+        plots.write(plots.heatmaps(result), folder / "heatmaps.png")
         say(f"wrote {folder / 'heatmaps.png'}")
     except ImportError:
         say("no heatmaps: they need matplotlib; pip install 'minirec[study]'")
@@ -397,7 +397,7 @@ def report(run, data, out):
         found = reporting.describe_study(folder)
     else:
         model = opened(folder, "report", data=data)
-        found = reporting.describe_run(folder, model.settings, model.parameters, model.log, progress)
+        found = reporting.describe_run(folder, model.settings, model.parameters, model.log)
     page = reporting.page(found)
     # A link is followed where a person named it, never where it lay in a folder that may be a stranger's.
     write, out = (files.write, out) if out else (files.replace, folder / "report.html")

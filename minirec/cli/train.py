@@ -22,7 +22,6 @@ from minirec.cli.common import (
     filter_seen_option,
     json_option,
     load_log,
-    log_name,
     log_options,
     log_source,
     on_terminal,
@@ -100,7 +99,7 @@ def train(ctx, out, resume, as_json, mpi_buffers, **options):
     began = time.perf_counter()
     ranks = launched_ranks(mpi_buffers)
     if ranks.size > 1 and not (out or resume):
-        out = ranks.broadcast(lambda: runs.new_folder(log_name(options["data"]), options["attn"]))
+        out = ranks.broadcast(lambda: runs.new_folder(runs.log_name(options["data"]), options["attn"]))
     folder = out or (runs.newest_folder("resume", ("config.json",)) if resume else None)
     given = ctx.get_parameter_source("data") is not ParameterSource.DEFAULT
     before = runs.load_settings(folder) if resume and os.path.exists(folder / "config.json") else None
@@ -122,7 +121,7 @@ def train(ctx, out, resume, as_json, mpi_buffers, **options):
     training = {option.name: options[option.name] for option in fields(Training)}
     training["workers"] = training["workers"] or workers_for(ranks)
     settings = runs.make_settings(source, config, Training(**training))
-    folder = folder or runs.new_folder(log_name(options["data"]), config.attn)
+    folder = folder or runs.new_folder(runs.log_name(options["data"]), config.attn)
     split = runs.split_log(log, settings)
     say(f"{options['data']}: {len(log.users):,} users, {len(log.items):,} items, {len(log.sequence):,} interactions")
     parts = [len(training_windows(log, split, config.max_length)[0]), len(split.valid.users), len(split.test.users)]

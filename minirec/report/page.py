@@ -10,7 +10,6 @@ Symbols: H heads, L positions, n keys of a row.
 
 import math
 import unicodedata
-from contextlib import nullcontext
 from dataclasses import replace
 from importlib import resources
 from pathlib import Path
@@ -21,7 +20,6 @@ from minirec import files
 from minirec.attention import FIXED
 from minirec.data.split import Targets
 from minirec.decompose import (
-    RATIOS,
     RECENT,
     TINY,
     block_caches,
@@ -33,8 +31,9 @@ from minirec.decompose import (
 )
 from minirec.errors import UserError
 from minirec.parameters import sub_dict
-from minirec.studies.grid import COMPARED, describe_mixing, verdict
-from minirec.studies.statistics import METRICS, MIXES_ABOVE, mean_g, published, regime
+from minirec.studies.plots import relative_maps
+from minirec.studies.results import COMPARED, describe_mixing, tabulate, verdict
+from minirec.studies.statistics import METRICS, MIXES_ABOVE, mean_hedges_g, published, regime
 from minirec.training import runs
 from minirec.training.parallel import usable_cores, worker_map
 from minirec.training.progress import best, finished
@@ -44,8 +43,7 @@ USERS = 50  # to pick from; fewer where histories are long
 ROOM = 2_400_000  # characters for all rows of weights and norms: it bounds the page
 TOP, LOOKED_UP = 10, 100  # items recommended; ranks in which their place under the trained weighting is looked up
 ALL_CANDIDATES = "all items, also those that the user had before (--no-filter-seen)"
-LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-_"  # 6 bits each
-LEVELS = len(LETTERS) ** 2 - 1
+LEVELS = 999  # of a row's largest value, and so many steps down to 0: four characters a value
 
 
 # What both pages need
@@ -76,72 +74,44 @@ def rounded(value):
         return {name: rounded(v) for name, v in value.items()}
     if isinstance(value, list):
         return [rounded(v) for v in value]
-    if value is None or isinstance(value, int):
+    if value is None or isinstance(value, int) and abs(value) < 1 << 53:
         return value
     return float(f"{value:.5g}") if math.isfinite(value) else None
 
 
 def row(values):
-    """Return values [n] >= 0 as [the largest, two letters each]: 0 to LEVELS times the largest."""
+    """Return values [n] >= 0 as [the largest, [n whole numbers]]: 0 to LEVELS times the largest, over LEVELS."""
     most = float(values.max())
-    levels = np.rint(values / max(most, TINY) * LEVELS).astype(int)
-    letters = np.frombuffer(LETTERS.encode(), "S1")
-    return [rounded(most), np.stack([letters[levels >> 6], letters[levels & 63]], axis=1).tobytes().decode()]
+    return [rounded(most), np.rint(values / max(most, TINY) * LEVELS).astype(int).tolist()]
 
 
 def mixing(found):
-    """Return what the pages show of how much a model mixes; found: as from grid.describe_mixing."""
-
-    def values(summary):
-        return {
-            name: {kind: rounded(summary[name][kind]) for kind in ("mean", "median")} for name in (*RATIOS, "entropy")
-        }
-
-    parts = {part: values(found["mixing"][part]) for part in ("all", "without_first", "latest")}
-    names = ("attention", "contribution")
-    return {
-        "mixing": {"blocks": [values(block) for block in found["mixing"]["blocks"]]} | parts,
-        "pictures": [
-            {name: [rounded(count) for count in block[name]] for name in RATIOS}
-            | {name: [[rounded(value) for value in line] for line in block[name]] for name in names}
-            for block in found["pictures"]
-        ],
-    }
+    """Return what the pages show of how much a model mixes; found: its "mixing" and "pictures", heatmaps relative."""
+    pictures = [{name: np.array(values, float).tolist() for name, values in b.items()} for b in found["pictures"]]
+    return {"mixing": rounded(found["mixing"]), "pictures": rounded(pictures)}
 
 
 # A run
 
 
-def silent(label, length):
-    """A progress that shows nothing: a context that yields update(n)."""
-    return nullcontext(lambda n: None)
-
-
-def describe_run(folder, settings, parameters, log, progress=silent):
+def describe_run(folder, settings, parameters, log):
     """Return what the page of a run shows, ready for JSON.
 
-    settings, parameters, log: as from runs; progress(label, length): a context that yields update(n).
+    settings, parameters, log: as from runs.
     """
     config, records = runs.model_config(settings), runs.load_records(folder)
     filter_seen = settings["training"]["filter_seen"]
     test = runs.split_log(log, settings).test
     trained = "+".join(dict.fromkeys(config.weightings))
-    # Softmax is never put in: where it was not trained, W_q and W_k are as drawn.
+    # Softmax is never substituted: where it was not trained, W_q and W_k are as drawn.
     configs = {trained: config} | {w: replace(config, attn=w) for w in FIXED if w != trained}
     histories = [log.sequence[a:b] for a, b in zip(test.starts, test.stops, strict=True)]
+    lengths = np.minimum(test.stops - test.starts, config.max_length)
     with worker_map(usable_cores(), np) as run:
-        ranks = []
-        with progress("ranking", len(configs) * len(histories)) as update:
-            for put_in in configs.values():
-                found = []
-                for chunk in rank_targets(parameters, put_in, log.sequence, test, filter_seen, run):
-                    found.append(chunk)
-                    update(len(chunk))
-                ranks.append(np.concatenate(found))
-        with progress("decomposing", sum(min(len(h), config.max_length) for h in histories)) as update:
-            decomposed = decompose(parameters, config, histories, run, update)
-        with progress("taking apart", 1 + 2 * len(configs)) as update:
-            users, items = explorer(parameters, configs, log, test, run, update, filter_seen)
+        ranked = [rank_targets(parameters, c, log.sequence, test, filter_seen, run) for c in configs.values()]
+        ranks = [np.concatenate(list(chunks)) for chunks in ranked]
+        mixed = describe_mixing(decompose(parameters, config, histories, run))
+        users, items = explorer(parameters, configs, log, test, run, filter_seen)
     return {
         "kind": "run",
         "title": f"{log_name(settings)}, {trained} attention",
@@ -150,12 +120,9 @@ def describe_run(folder, settings, parameters, log, progress=silent):
         "metrics": [rounded(metrics(r)) for r in ranks],
         "curves": {name: [rounded(record.get(name)) for record in records] for name in ("loss", runs.SELECTED_BY)},
         "best_epoch": best(records)["epoch"] if records else None,
-        "n_items": config.n_items,
-        "filter_seen": filter_seen,
-        "n_test": len(histories),
-        "users": users,
-        "items": [legible(log.items[i]) for i in items],
-        **mixing(describe_mixing(decomposed)),
+        **{"n_items": config.n_items, "filter_seen": filter_seen, "n_test": len(histories)},
+        **{"users": users, "items": [legible(log.items[i]) for i in items]},
+        **mixing(mixed | {"pictures": relative_maps(mixed["pictures"], lengths)}),
     }
 
 
@@ -191,7 +158,7 @@ def run_facts(folder, settings, log, records, test, ranks):
     return list(map(list, facts.items()))
 
 
-def explorer(parameters, configs, log, test, run=map, progress=lambda n: None, filter_seen=True):
+def explorer(parameters, configs, log, test, run=map, filter_seen=True):
     """Return the users that one can pick, each with the latest positions of the history, and the items they name.
 
     configs: {weighting: Config}, the trained one first. A position is looked at as it was at its time: the model
@@ -200,25 +167,24 @@ def explorer(parameters, configs, log, test, run=map, progress=lambda n: None, f
     """
     trained = next(iter(configs.values()))
     longest = min(trained.max_length, int((test.stops - test.starts).max()))
-    characters = trained.n_blocks * (2 * trained.n_heads + 1) * longest * 2  # of a position
+    characters = trained.n_blocks * (2 * trained.n_heads + 1) * longest * 4  # of a position
     n_positions = int(np.clip(ROOM // characters, 1, RECENT))
     n_users = int(np.clip(ROOM // (characters * n_positions), 1, USERS))
     sample = np.unique(np.linspace(0, len(test.users) - 1, n_users).round().astype(int))
+    sample = sample[np.argsort(test.starts[sample] - test.stops[sample], kind="stable")]  # the longest history first
 
-    cases = [  # (user, start, stop): the latest position first
+    targets = [  # (user, start, stop): the latest position first
         (test.users[s], test.starts[s], stop)
         for s in sample
         for stop in range(test.stops[s], max(test.starts[s], test.stops[s] - n_positions), -1)
     ]
-    cases = Targets(*map(np.array, zip(*cases, strict=True)))
-    histories = [log.sequence[a:b] for a, b in zip(cases.starts, cases.stops, strict=True)]
-    rows = explain(parameters, trained, log.sequence, cases, run)
-    progress(1)
+    targets = Targets(*map(np.array, zip(*targets, strict=True)))
+    histories = [log.sequence[a:b] for a, b in zip(targets.starts, targets.stops, strict=True)]
+    rows = explain(parameters, trained, log.sequence, targets, run)
     tops, ranks = [], []
     for config in configs.values():
         tops.append(top_items(parameters, config, histories, run, filter_seen))
-        ranks.append(np.concatenate(list(rank_targets(parameters, config, log.sequence, cases, filter_seen, run))))
-        progress(2)
+        ranks.append(np.concatenate(list(rank_targets(parameters, config, log.sequence, targets, filter_seen, run))))
 
     places = {}  # item -> its place among those that the page names
 
@@ -226,7 +192,7 @@ def explorer(parameters, configs, log, test, run=map, progress=lambda n: None, f
         return places.setdefault(int(item), len(places))
 
     users = {}
-    for number, (user, start, stop) in enumerate(zip(*cases, strict=True)):
+    for number, (user, start, stop) in enumerate(zip(*targets, strict=True)):
         if user not in users:
             shown = log.sequence[max(start, stop - trained.max_length - n_positions + 1) : stop]
             before = int(stop - start - len(shown))
@@ -255,14 +221,14 @@ def top_items(parameters, config, histories, run=map, filter_seen=True):
     ]
 
 
-def explain(parameters, config, sequence, cases, run=map):
+def explain(parameters, config, sequence, targets, run=map):
     """Take apart what reaches the last position of each case's history, sequence[start:stop].
 
-    Returns a list of cases, each a list of blocks: {"attention", "heads": H rows; "contribution": a row, of what all
+    Returns a list of targets, each a list of blocks: {"attention", "heads": H rows; "contribution": a row, of what all
     heads and the residual come to; "ratios": {ratio: mixing ratio}}. Rows are over the keys, oldest first (see row).
     """
-    lengths = np.minimum(cases.stops - cases.starts, config.max_length)
-    starts = cases.stops - lengths
+    lengths = np.minimum(targets.stops - targets.starts, config.max_length)
+    starts = targets.stops - lengths
 
     def explain_chunk(chunk):
         batch, caches = block_caches(parameters, config, sequence, starts[chunk], lengths[chunk])
@@ -309,7 +275,9 @@ def describe_study(folder):
     except (LookupError, TypeError, AttributeError, ValueError, ArithmeticError, RecursionError) as error:
         reason = f"{type(error).__name__}: {error}"
         raise UserError(f"{path}: not a study's results ({reason}); run the study again") from None
-    points = [[name, p["mixing_ratio"], mean_g(p["hedges_g"].values())] for name, p in theirs["datasets"].items()]
+    points = [
+        [name, p["mixing_ratio"], mean_hedges_g(p["hedges_g"].values())] for name, p in theirs["datasets"].items()
+    ]
     return {
         "kind": "study",
         "title": f"Study of {', '.join(dataset['name'] for dataset in datasets)}",
@@ -322,35 +290,27 @@ def describe_study(folder):
 
 
 def describe_result(name, result):
-    """Return what the page shows of one dataset's results (see grid.describe_dataset)."""
-    n, unreachable = len(result["seeds"]), result["unreachable"]
-    at_most = [attn for attn, epochs in result["epochs"].items() if max(epochs) >= result["epochs_at_most"]]
+    """Return what the page shows of one log's results (see results.describe_dataset)."""
+    n, model = len(result["seeds"]), f"the last {result['max_length']} items, dropout {result['dropout']}"
+    epochs = [f"{attn} {', '.join(map(str, epochs))}" for attn, epochs in result["epochs"].items()]
     facts = {
         "Log": f"{result['users']:,} users, {result['items']:,} items, {result['interactions']:,} interactions",
-        "Split": f"{result['split']}, {result['test_users']:,} test users"
-        + (f"; {unreachable:,} targets are items that the user had before: misses" if unreachable else "")
-        + ("" if result.get("filter_seen", True) else f"; candidates are {ALL_CANDIDATES}"),
-        "Model": f"the last {result['max_length']} items, dropout {result['dropout']}",
-        "Runs": f"{n} seed{'s' * (n > 1)} of each weighting",
-        "Epochs": "; ".join(f"{attn} {', '.join(map(str, epochs))}" for attn, epochs in result["epochs"].items())
-        + (f" (ended by the limit: {', '.join(at_most)})" if at_most else ""),
+        "Split": f"{result['split']}, {result['test_users']:,} test users; of their targets, {result['unreachable']:,} "
+        f"are items that the user had before, {result['cold']:,} new",
+        "Candidates": "items that the user had not had" if result["filter_seen"] else ALL_CANDIDATES,
+        "Runs": f"{n} seed{'s' * (n > 1)} of each weighting; {model}",
+        "Epochs": f"{'; '.join(epochs)}; at most {result['epochs_at_most']}",
+        "Regime": f"{result['regime'].replace('_', ' ')}, {'' if result['confident'] else 'not '}confident",
+        "Caveats": "; ".join(result["caveats"]) or "none: seeds and users bear it out",
     }
-    others = {
-        f"softmax, uniform put in{'' if blocks == 'all' else ' ' + blocks}": values
-        for blocks, values in result["substitution"].items()
-    }
-    others |= {f"{attn}, history shuffled": values for attn, values in result["shuffled"].items()}
-    others |= {f"{baseline} (counts, nothing learned)": values for baseline, values in result["baselines"].items()}
-    rows = [[attn, [[v[m]["mean"], v[m]["std"]] for m in METRICS]] for attn, v in result["metrics"].items()]
-    rows += [[title, [[values[m], None] for m in METRICS]] for title, values in others.items()]
-    fields = ("difference", "relative", "hedges_g", "p", "interval_seeds", "interval_users")
+    fields = ("difference", "relative", "hedges_g", "hedges_g_interval", "p")
+    fields += ("interval", "interval_seeds", "interval_users")
     return {
         "name": legible(name),
         "verdict": legible(verdict(name, result)),
-        "point": [rounded(result["mixing_ratio"]), rounded(result["mean_g"]), str(result["regime"])],
-        "doubts": list(map(str, result["doubts"])),
+        "point": [rounded(result["mixing_ratio"]), rounded(result["mean_hedges_g"]), str(result["regime"])],
         "facts": list(map(list, facts.items())),
-        "rows": [[title, rounded(cells)] for title, cells in rows],
+        "rows": [[title, rounded(cells)] for title, cells in tabulate(result)],
         "effects": [
             [f"{a} minus {b}", [[m, *(rounded(result[what][m][field]) for field in fields)] for m in METRICS]]
             for what, (a, b) in COMPARED.items()

@@ -1,7 +1,7 @@
-"""Pictures, with matplotlib (extra `study`); nothing here is imported unless a picture is asked for.
+"""Pictures, with matplotlib (extra `study`), which is not imported before a picture is asked for.
 
-They are to be read in grey and at the width of a column: arms and datasets differ by marker and line,
-not by colour alone.
+Each function returns a matplotlib figure, which a notebook shows and `write` writes. They are to be read in grey and at
+the width of a column: arms and logs differ by marker and line, not by colour alone.
 """
 
 import contextlib
@@ -12,13 +12,13 @@ import warnings
 import numpy as np
 
 from minirec.attention import known_weightings
-from minirec.decompose import RATIOS
+from minirec.decompose import RATIOS, TINY
 from minirec.files import replace
-from minirec.studies.statistics import JUDGED_BY, MIXES_ABOVE, mean_g, published
+from minirec.studies.statistics import JUDGED_BY, MIXES_ABOVE, hedges_g_interval, mean_hedges_g, published
 
 LINES = ("-", "--", ":", "-.")  # of the weightings, in turn; those after the first one are grey
 RATIO_STYLES = dict(
-    zip(RATIOS, (("Attn", ":", "0.5"), ("AttnRes", "--", "0.35"), ("AttnResLN", "-", "0.0")), strict=True)
+    zip(RATIOS, (("Attn", ":", "0.3", 1.4), ("AttnRes", "--", "0.0", 1.4), ("AttnResLN", "-", "0.7", 3)), strict=True)
 )
 
 
@@ -43,7 +43,7 @@ def import_matplotlib():
         os.environ["MPLBACKEND"] = asked_for
 
 
-def new_figure(rows, columns, width, height):
+def new_figure(rows, columns, width, height, **options):
     """Return a figure and its axes [rows, columns], without a window or a display; sizes in inches.
 
     Raises ImportError where matplotlib is missing.
@@ -54,142 +54,194 @@ def new_figure(rows, columns, width, height):
 
     figure = Figure(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(figure)  # not pyplot, which would load the user's backend
-    return figure, figure.subplots(rows, columns, squeeze=False)
+    return figure, figure.subplots(rows, columns, squeeze=False, **options)
 
 
-def save(figure, path):
-    """Write a figure as PNG."""
-    with warnings.catch_warnings():
+def write(figure, path):
+    """Write a figure to a path, in the format that its suffix names: png, pdf, svg."""
+    import matplotlib
+
+    with warnings.catch_warnings(), matplotlib.rc_context({"pdf.fonttype": 42}):  # fonts that journals take
         warnings.simplefilter("ignore", UserWarning)  # a name in a script that the font lacks
-        replace(path, lambda file: figure.savefig(file, format="png", dpi=150))
+        replace(path, lambda file: figure.savefig(file, format=path.suffix[1:], dpi=150))
 
 
-def heatmaps(result, path):
-    """Draw attention weights beside contribution norms, a row a block, over the most recent positions.
+def study_figures(results, everything=None):
+    """Return {name: figure} of a study: rq3, and LOG-heatmaps, LOG-ratios, LOG-curves of each log.
 
-    result: as from decompose.decompose; path: the PNG. Query positions run down, key positions
-    across, both counted back from the latest, which is 0.
+    results: {log: as from results.describe_dataset}; everything: the same with more logs, which rq3 shows too.
     """
-    draw_heatmaps(result["blocks"], path)
+    figures = {"rq3": rq3_plane(everything or results)}
+    for name, result in results.items():
+        title = f"{name}: the most recent positions, softmax, mean over seeds"
+        figures[f"{name}-heatmaps"] = draw_heatmaps(result["pictures"], title)
+        figures[f"{name}-ratios"] = ratio_distributions(name, result["pictures"])
+        figures[f"{name}-curves"] = learning_curves(name, result["curves"])
+    return figures
 
 
-def draw_heatmaps(blocks, path, title=None):
-    """Draw what heatmaps does; blocks: a list of {"attention", "contribution": [n, n], NaN where there is nothing}."""
-    figure, axes = new_figure(len(blocks), 2, 7, 3.2 * len(blocks))
-    titles = {"attention": "attention weight (mean of heads)", "contribution": "contribution norm (AttnResLN)"}
+def with_nulls(values):
+    """Return an array as nested lists, None where it is NaN."""
+    return np.where(np.isnan(values), None, values).tolist()
+
+
+def relative_maps(blocks, lengths):
+    """Return blocks of a decomposition with heatmaps that can be compared from cell to cell.
+
+    blocks: a list of dicts with {"attention", "contribution": [n, n]}, as from decompose.decompose or analysis.json;
+    lengths [B]: of the sequences whose mean they are. A plain mean misleads: near the left edge only long sequences
+    count, whose weights are smaller, so even exactly uniform weights would show a bright diagonal. So both maps are
+    divided by what uniform weights would show: attention is then 1 for uniform ones. A contribution is further divided
+    by the mean of its row, without the query's own, which would hide the others. None where there is nothing.
+    """
+    n = len(blocks[0]["attention"])
+    back, uniform = np.arange(n)[::-1], np.full((n, n), np.nan)
+    for j in range(n):
+        reach = lengths[lengths > back[j]]  # of the sequences that count in column j
+        if len(reach):
+            uniform[j:, j] = (1 / (reach[:, None] - back[j:])).mean(axis=0)
+    others = np.tri(n, k=-1, dtype=bool)
+    relative = []
+    for block in blocks:
+        attention, contribution = (np.array(block[name], float) for name in ("attention", "contribution"))
+        mixed = np.where(others, contribution / uniform, np.nan)
+        row_means = np.nansum(mixed, axis=1) / np.maximum(np.isfinite(mixed).sum(axis=1), 1)
+        shares = mixed / np.maximum(row_means, TINY)[:, None]
+        relative.append(block | {"attention": with_nulls(attention / uniform), "contribution": with_nulls(shares)})
+    return relative
+
+
+def heatmaps(result):
+    """Return a figure of relative attention beside relative contributions, a row a block, at the latest positions.
+
+    result: as from decompose.decompose. Queries run down, keys across, both counted back from the latest, 0.
+    """
+    return draw_heatmaps(relative_maps(result["blocks"], result["positions"][result["latest"]] + 1))
+
+
+def draw_heatmaps(blocks, title=None):
+    """Return the figure of heatmaps; blocks: as from relative_maps."""
+    figure, axes = new_figure(len(blocks), 2, 7.4, 3.2 * len(blocks))
+    titles = {"attention": "attention weight (1: as uniform)"}
+    titles |= {"contribution": "contribution of the others\n(1: the mean of the row)"}
     figure.suptitle(title, fontsize=10)
     for i, block in enumerate(blocks):
         for axis, (name, text) in zip(axes[i], titles.items(), strict=True):
             n = len(block[name])
-            edges = np.arange(-n + 0.5, 1)
-            image = axis.pcolormesh(edges, edges, np.ma.masked_invalid(block[name]), cmap="cividis", vmin=0)
+            edges, values = np.arange(-n + 0.5, 1), np.ma.masked_invalid(np.array(block[name], float))
+            image = axis.pcolormesh(edges, edges, values, cmap="cividis", vmin=0, vmax=max(2, values.max()))
             axis.invert_yaxis()
-            axis.set(
-                aspect="equal", title=f"block {i}: {text}", xlabel="key position (0 = latest)", ylabel="query position"
-            )
-            axis.title.set_fontsize(9)
+            axis.set(aspect="equal", xlabel="key position (0 = latest)", ylabel="query position")
+            axis.set_title(f"block {i}: {text}", fontsize=9)
             figure.colorbar(image, ax=axis, shrink=0.8)
-    save(figure, path)
+    return figure
 
 
-def study_pictures(results, everything, curves, folder):
-    """Draw all pictures of a study into a folder; return their paths.
+def rq3_plane(results):
+    """Return the figure of how much a model mixes against what learned weighting gains.
 
-    results: {dataset: as from grid.describe_dataset}; everything: the same, with the datasets that were studied
-    in this folder before; curves: as from grid.learning_curves.
+    results: {log: {"mixing_ratio", "mean_hedges_g", and, where known, "mixing_ratio_interval", "seeds"}}. Beside them
+    stand the published points. Bars are 95 % intervals over seeds: of the ratio Student's, of g that of one metric.
+    A log without an effect size stands on the lower edge.
     """
-    paths = [folder / "rq3.png"]
-    rq3_plane(everything, paths[0])
-    for name, result in results.items():
-        blocks = [
-            {key: np.array(block[key], float) for key in ("attention", "contribution")} for block in result["pictures"]
-        ]
-        paths += [folder / f"{name}-{picture}.png" for picture in ("heatmaps", "ratios", "curves")]
-        draw_heatmaps(blocks, paths[-3], f"{name}: the most recent positions, softmax, mean over seeds")
-        ratio_distributions(name, result["pictures"], paths[-2])
-        learning_curves(name, curves[name], paths[-1])
-    return paths
-
-
-def rq3_plane(results, path):
-    """Draw how much a model mixes against what learned weighting gains: our datasets, the published ones, regimes."""
-    points = {  # name -> ratio, g
-        name: (point["mixing_ratio"], mean_g(point["hedges_g"].values()))
-        for name, point in published()["datasets"].items()
-    }
-    own = {name: (r["mixing_ratio"], r["mean_g"]) for name, r in results.items() if r["mean_g"] is not None}
-    left, right = 0, max(0.5, *(1.15 * x for x, _ in own.values())) if own else 0.5
+    theirs = published()
+    points = {name: point | {"seeds": range(theirs["seeds"])} for name, point in theirs["datasets"].items()}
+    points = {name: p | {"mean_hedges_g": mean_hedges_g(p["hedges_g"].values())} for name, p in points.items()}
+    heights = [p["mean_hedges_g"] for p in (*points.values(), *results.values()) if p["mean_hedges_g"] is not None]
     # Published effect sizes lie within 3; planted ones reach 100. Linear to 1, logarithmic beyond.
-    heights = [g for _, g in (*points.values(), *own.values())]
-    low, high = min(-3.0, 2 * min(heights)), max(4.0, 2 * max(heights))
-    figure, ((axis,),) = new_figure(1, 1, 6.2, 4.6)
-    axis.axvspan(left, MIXES_ABOVE, color="0.93", zorder=0)
-    axis.fill_between([MIXES_ABOVE, right], 0, high, color="0.86", zorder=0)
+    right = max(0.5, *(1.15 * r["mixing_ratio"] for r in results.values()), 0)
+    low, high = min(-4.0, 3 * min(heights)), max(5.0, 3 * max(heights))
+    figure, ((axis,),) = new_figure(1, 1, 7.4, 5.4)
+    axis.axvspan(0, MIXES_ABOVE, color="0.95", zorder=0)
+    axis.fill_between([MIXES_ABOVE, right], 0, high, color="0.89", zorder=0)
     axis.axhline(0, color="0.4", linewidth=0.8)
-    for x, y, text in (
-        (left + 0.005, high, "preserving"),
-        (MIXES_ABOVE + 0.005, high, "mixing with reliance"),
-        (MIXES_ABOVE + 0.005, low, "mixing without reliance"),
-    ):
-        axis.text(x, y / 1.05, text, fontsize=8, style="italic", va="top" if y > 0 else "bottom")
-    for group, marker, face, weight, label in (
-        (points, "o", "white", "normal", "published (Kozaki et al. 2026)"),
-        (own, "D", "black", "bold", "this study"),
-    ):
-        if group:
-            style = {"marker": marker, "facecolor": face, "edgecolor": "black", "s": 26, "zorder": 3}
-            axis.scatter(*zip(*group.values(), strict=True), label=label, **style)
-        for name, point in group.items():
-            side = -1 if group is own and point[0] > right / 5 else 1  # away from the published ones' names
-            place = {
-                "xytext": (4 * side, 3 * side),
-                "textcoords": "offset points",
-                "ha": "right" if side < 0 else "left",
-            }
-            axis.annotate(name, point, fontsize=7, weight=weight, **place)
+    regions = {"preserving": (0, high), "mixing with reliance": (MIXES_ABOVE, high)}
+    for text, (x, y) in (regions | {"mixing without reliance": (MIXES_ABOVE, low)}).items():
+        axis.text(x + 0.005, y / 1.05, text, fontsize=8, style="italic", va="top" if y > 0 else "bottom")
     axis.set_yscale("symlog", linthresh=1)
-    axis.set(
-        xlim=(left, right),
-        ylim=(low, high),
-        xlabel="mixing ratio (mean AttnResLN, softmax models)",
-        ylabel="mean Hedges' g, softmax over uniform\n(logarithmic beyond ±1)",
-    )
-    axis.set_yticks([y for y in (-10, -3, -1, 0, 1, 3, 10, 30, 100) if low <= y <= high])
+    axis.set(xlim=(0, right), ylim=(low, high), xlabel="mixing ratio (mean AttnResLN, softmax models)")
+    axis.set_ylabel("mean Hedges' g, softmax over uniform\n(logarithmic beyond ±1)")
+    axis.set_yticks([y for y in (-100, -30, -10, -3, -1, 0, 1, 3, 10, 30, 100) if low <= y <= high])
     axis.set_yticks([], minor=True)
     axis.yaxis.set_major_formatter("{x:g}")
+    names = []
+    for group, label, marker, face, grey, weight in (
+        (points, "published (Kozaki et al. 2026)", "o", "white", "0.75", "normal"),
+        (results, "this study", "D", "black", "0", "bold"),
+    ):
+        for name, r in group.items():
+            x, g, n = r["mixing_ratio"], r["mean_hedges_g"], len(r.get("seeds", ()))
+            y, style = low if g is None else g, {"color": grey, "linewidth": 0.8, "zorder": 2}
+            axis.plot([x] * 2, hedges_g_interval(y, n) if g is not None and n > 1 else [y, y], **style)
+            axis.plot(r.get("mixing_ratio_interval") or [x, x], [y, y], **style)
+            names.append((name if g is not None else f"{name} (no g)", (x, y), weight))
+        style = {"marker": marker, "facecolor": face, "edgecolor": "black", "s": 26, "zorder": 3, "clip_on": False}
+        axis.scatter(*zip(*(point for _, point, _ in names[-len(group) :]), strict=True), label=label, **style)
     figure.legend(fontsize=8, loc="outside lower center", ncols=2, frameon=False)
-    save(figure, path)
+    place_names(figure, axis, names[::-1])  # ours first
+    return figure
 
 
-def ratio_distributions(name, blocks, path):
-    """Draw the distributions of the three mixing ratios over all positions, a panel a block.
+def place_names(figure, axis, names):
+    """Write names [(text, (x, y), weight)] beside their points, where they cover least of other names and points."""
+    from matplotlib.transforms import Bbox
 
-    blocks: a list of {ratio: counts in equal bins over [0, 1]}.
+    figure.draw_without_rendering()  # the layout must be known
+    points = axis.transData.transform([point for _, point, _ in names])
+    taken = [Bbox.from_extents(x - 5, y - 5, x + 5, y + 5) for x, y in points]
+    offsets = [(dx, dy) for dy in (4, -8, 14, -18, 24, -28, 34) for dx in (5, -5)]
+
+    def area(one, other):
+        both = Bbox.intersection(one, other)
+        return both.width * both.height if both else 0
+
+    for name, point, weight in names:
+        text, tries = axis.annotate(name, point, (0, 0), textcoords="offset points", fontsize=7, weight=weight), []
+        for dx, dy in offsets:
+            text.set(position=(dx, dy), ha="left" if dx > 0 else "right")
+            box = text.get_window_extent()
+            outside = box.width * box.height - area(box, axis.bbox)
+            tries.append((outside + sum(area(box, other) for other in taken), dx, dy, box))
+        _, dx, dy, box = min(tries, key=lambda one: one[0])
+        text.set(position=(dx, dy), ha="left" if dx > 0 else "right")
+        taken.append(box)
+
+
+def ratio_distributions(name, blocks):
+    """Return the figure of the distributions of the three mixing ratios over all positions, a panel a block.
+
+    blocks: a list of {ratio: counts in equal bins over [0, 1]}. A line stands where mixing begins.
     """
-    figure, axes = new_figure(1, len(blocks), 3.1 * len(blocks), 2.6)
+    figure, axes = new_figure(1, len(blocks), 3.1 * len(blocks), 2.8, sharey=True)
     for i, (block, axis) in enumerate(zip(blocks, axes[0], strict=True)):
-        for key, (label, line, grey) in RATIO_STYLES.items():
+        for key, (label, line, grey, width) in reversed(RATIO_STYLES.items()):  # the widest line lies below
             counts = np.array(block[key], float)
-            edges = np.linspace(0, 1, len(counts) + 1)
-            share = 100 * counts / counts.sum()
-            axis.stairs(share, edges, linestyle=line, color=grey, label=label, linewidth=1.3)
-        axis.set(xlim=(0, 1), title=f"{name}, block {i}", xlabel="mixing ratio", ylabel="% of positions")
-        axis.title.set_fontsize(9)
-    axes[0][-1].legend(fontsize=8)
-    save(figure, path)
+            style = {"linestyle": line, "color": grey, "linewidth": width, "label": label}
+            axis.stairs(100 * counts / counts.sum(), np.linspace(0, 1, len(counts) + 1), **style)
+        axis.axvline(MIXES_ABOVE, color="0.4", linewidth=0.8, linestyle=(0, (1, 2)))
+        axis.set(xlim=(0, 1), xlabel="mixing ratio", ylabel="" if i else "% of positions")
+        axis.set_title(f"{name}, block {i}", fontsize=9)
+    handles, labels = axes[0][0].get_legend_handles_labels()
+    figure.legend(handles, labels, fontsize=8, loc="outside lower center", ncols=3, frameon=False, handlelength=3)
+    return figure
 
 
-def learning_curves(name, curves, path):
-    """Draw the validation metric of each epoch, a line a run; curves: {attn: [values, a list a seed]}."""
-    figure, ((axis,),) = new_figure(1, 1, 4.2, 2.8)
-    for attn, found in curves.items():
-        place = known_weightings().index(attn)
-        line, grey = LINES[place % len(LINES)], "0.35" if place else "0.0"
-        for seed, values in enumerate(found):
-            marker = "." if len(values) == 1 else ""
-            label = None if seed else attn
-            axis.plot(range(1, len(values) + 1), values, line, marker=marker, color=grey, linewidth=1, label=label)
-    axis.set(title=name, xlabel="epoch", ylabel=f"validation {JUDGED_BY}", ylim=(0, None))
-    axis.title.set_fontsize(9)
-    axis.legend(fontsize=8)
-    save(figure, path)
+def learning_curves(name, curves):
+    """Return the figure of the validation metric of each epoch, a line a run, the kept epoch marked.
+
+    curves: {attn: [values, a list a seed]}.
+    """
+    figure, ((axis,),) = new_figure(1, 1, 4.6, 3)
+    for attn, runs in curves.items():
+        number = known_weightings().index(attn)
+        line, grey = LINES[number % len(LINES)], "0.35" if number else "0.0"
+        for seed, values in enumerate(runs):
+            kept, label = int(np.argmax(values)), None if seed else attn
+            axis.plot(range(1, len(values) + 1), values, line, color=grey, linewidth=1, label=label)
+            axis.plot(kept + 1, values[kept], "o", color=grey, markersize=3.5)
+    axis.plot([], [], "o", color="0.35", markersize=3.5, label="kept")
+    axis.xaxis.get_major_locator().set_params(integer=True)
+    axis.set(xlabel="epoch", ylabel=f"validation {JUDGED_BY}", ylim=(0, None))
+    axis.set_title(name, fontsize=9)
+    axis.legend(fontsize=8, handlelength=3)
+    return figure

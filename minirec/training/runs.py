@@ -19,6 +19,7 @@ import json
 import math
 import os
 import platform
+import re
 import warnings
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -48,6 +49,7 @@ STATES = ("state.npz", "state.previous.npz")  # the newest first
 LOG = "log.npz"
 FILES = ("config.json", "items.json", "metrics.jsonl", "checkpoint.npz", LOG, *STATES)
 RUNS = Path("runs")
+LONGEST_NAME = 60  # characters of a folder that is named after a log
 # What settings mean. 1: all matrices N(0, 0.02); a temporal split whose validation began elsewhere; bce whose negatives
 # could be seen items.
 PROTOCOL = 2
@@ -101,6 +103,11 @@ def make_settings(source, config, training):
 
 
 # Folders
+
+
+def log_name(path):
+    """Return a short name for a log, fit for a folder."""
+    return re.sub(r"[^\w-]", "_", Path(path).name.split(".")[0])[:LONGEST_NAME] or "log"
 
 
 def new_folder(log_name, attn):
