@@ -141,7 +141,7 @@ def test_a_study_ranks_runs_substitutions_shuffled_histories_and_counts_as_by_ha
 def test_the_page_of_a_study_says_whether_seen_items_are_candidates(studied):
     filter_seen, folder, _ = studied
     found = json.dumps(page.describe_study(folder))
-    assert ("candidates are all items" in found) == (not filter_seen)
+    assert ('["Candidates", "all items' in found) == (not filter_seen)
     with pytest.raises(UserError, match="run the study again"):  # from before there was a choice
         page.describe_study(ROOT / "tests/older_study/study")
 
