@@ -189,7 +189,8 @@ import numpy
 
 class Nothing(MetaPathFinder):
     def find_spec(self, name, path, target=None):
-        core = "plain errors gpu kernels backend ops packing attention loss parameters model optimizer decompose".split()
+        core = "plain errors backend ops packing attention loss parameters model optimizer decompose".split()
+        core += ["gpu", "kernels"]
         first, *rest = name.split(".")
         allowed = first in sys.stdlib_module_names or first == "numpy"
         if not allowed and not (first == "minirec" and (not rest or rest[0] in core)):

@@ -23,7 +23,7 @@ import numpy as np
 
 from minirec import backend, files
 from minirec.attention import known_weightings
-from minirec.data.describe import count_unreachable
+from minirec.data.describe import count_cold, count_unreachable
 from minirec.data.log import filter_log
 from minirec.data.split import training_windows
 from minirec.decompose import decompose
@@ -45,7 +45,7 @@ DENSE = 0.02  # share of all user-item pairs; such logs take a dropout of 0.2, s
 LONG = 100  # mean history from which the last 200 items are kept, not the last 50, as in the paper
 
 # What a study may be given, as fit; None stands for the default.
-READING = ("format", "columns", "split", "k_core", "drop_repeats")
+READING = (*runs.READING, "split", "k_core", "drop_repeats")
 TRAINING = ("loss", "negatives", "epochs", "batch_size", "lr", "patience", "backend", "filter_seen")
 SIZES = {"hidden": "hidden_size", "blocks": "n_blocks", "heads": "n_heads", "max_length": "max_length"}
 SIZES |= {"dropout": "dropout"}
@@ -127,6 +127,8 @@ def prepare(name, log, options, read, say):
     counts = f"{len(log.users):,} users, {len(log.items):,} items, {len(log.sequence):,} interactions"
     sizes = f"the last {model.max_length} items, dropout {model.dropout}, {epochs} epochs at most"
     say(f"{name}: {counts}; {n_users:,} test users; {sizes}")
+    if cold := count_cold(log, split):
+        say(f"{cold:,} of {n_users:,} test targets are items that training never saw (cold)")
     if settings["training"]["filter_seen"] and (unreachable := count_unreachable(log, split.test)):
         line = f"{unreachable:,} of {n_users:,} targets are items the user had before: with --filter-seen they cannot "
         many = unreachable > results.MANY_MISSES * n_users

@@ -14,6 +14,7 @@ import warnings
 import numpy as np
 
 from minirec import files
+from minirec.data.describe import count_cold
 from minirec.decompose import RATIOS, summarise
 from minirec.errors import UserError
 from minirec.studies import statistics
@@ -95,13 +96,6 @@ def collect(jobs):
             results[name] = {"curves": curves} | describe_dataset(dataset, arms, seeds)
             results[name]["verdict"] = verdict(name, results[name])
     return results
-
-
-def count_cold(log, split):
-    """Count the test targets that are no item of anything that was trained on."""
-    place = np.arange(len(log.sequence)) - np.repeat(log.offsets[:-1], np.diff(log.offsets))
-    trained = log.sequence[place < np.repeat(split.train_lengths, np.diff(log.offsets))]
-    return int((~np.isin(log.sequence[split.test.stops], trained)).sum())
 
 
 def describe_dataset(dataset, arms, seeds):
