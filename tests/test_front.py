@@ -1,0 +1,195 @@
+"""The front of the library: a notebook's twelve lines, in a folder that is not the clone, from an installed wheel."""
+
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from helpers import ROOT, last_json, log_of, run_cli
+
+import minirec
+from minirec.errors import UserError
+from minirec.training import fit as fitting
+from minirec.training import runs
+from minirec.training.ranking import MISS
+
+QUIET = {"on_epoch": None, "workers": 1, "epochs": 2, "hidden": 8, "blocks": 2}
+NOTEBOOK = """
+import minirec, numpy, pandas
+rng = numpy.random.default_rng(0)
+frame = pandas.DataFrame({"user": rng.integers(40, size=900), "item": rng.integers(20, size=900), "time": range(900)})
+log = minirec.Log.from_columns(frame["user"], frame["item"], frame["time"])
+options = dict(epochs=2, hidden=8, workers=1)
+learned = [minirec.fit(log, "softmax", seed, **options) for seed in range(2)]
+averaged = [minirec.fit(log, "uniform", seed, **options) for seed in range(2)]
+comparison = minirec.compare(learned, averaged)
+model = learned[0]
+substituted = model.with_attention("uniform").evaluate()["NDCG@10"]
+figure = minirec.plots.heatmaps(model.decompose())
+model.save("kept"); assert minirec.load("kept").evaluate() == model.evaluate()
+"""
+
+
+@pytest.fixture(scope="module")
+def log():
+    rng = np.random.default_rng(0)
+    return log_of([rng.integers(15, size=n).tolist() for n in rng.integers(2, 12, size=30)])
+
+
+@pytest.fixture(scope="module")
+def model(log):
+    return minirec.fit(log, **QUIET)
+
+
+def test_every_name_of_the_front_is_there_after_every_submodule_was_imported():
+    for path in (ROOT / "minirec").rglob("*.py"):
+        if path.stem not in ("__main__", "__init__"):
+            __import__(".".join(path.relative_to(ROOT).with_suffix("").parts))
+    for name in minirec.FRONT:
+        assert getattr(minirec, name) is getattr(minirec, name)
+        assert callable(getattr(minirec, name)) or name == "plots"
+        assert not (ROOT / "minirec" / name).exists() and not (ROOT / "minirec" / f"{name}.py").exists()
+    assert set(minirec.FRONT) <= set(dir(minirec))
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        _ = minirec.nothing
+
+
+def test_importing_the_core_imports_numpy_alone():
+    code = "import sys; from minirec import model, decompose; print({'click', 'threadpoolctl'} & set(sys.modules))"
+    process = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert process.stdout.strip() == "set()", process.stderr
+
+
+def test_without_a_folder_the_bits_are_those_of_a_run_in_one(log, model, tmp_path):
+    kept = minirec.fit(log, folder=tmp_path / "run", **QUIET)
+    for name, value in model.parameters.items():
+        np.testing.assert_array_equal(value, kept.parameters[name])
+    assert [r | {"train_seconds": 0} for r in model.records] == [r | {"train_seconds": 0} for r in kept.records]
+    assert minirec.load(tmp_path / "run").evaluate() == model.evaluate() == kept.evaluate()
+
+
+def test_a_model_that_was_saved_gives_the_same_numbers_in_python_and_on_the_command_line(model, tmp_path):
+    model.with_attention("uniform", [1]).save(tmp_path / "kept")
+    again = minirec.load(tmp_path / "kept")
+    assert again.evaluate(part="valid") == model.with_attention("uniform", [1]).evaluate(part="valid")
+    assert again.log.sha256() == model.log.sha256() and again.items == model.items
+    assert last_json(run_cli("evaluate", "kept", "--json", cwd=tmp_path)) == again.evaluate()
+    with pytest.raises(UserError, match="holds"):
+        model.save(tmp_path)
+
+
+def test_a_run_that_was_begun_in_python_goes_on_on_the_command_line(log, tmp_path):
+    whole = minirec.fit(log, **QUIET | {"epochs": 3})
+    minirec.fit(log, folder=tmp_path / "run", **QUIET)
+    process = run_cli("train", "--resume", "--out", "run", "--epochs", 3, cwd=tmp_path)
+    assert process.returncode == 0, process.stderr
+    again = minirec.load(tmp_path / "run")
+    assert [r["loss"] for r in again.records] == [r["loss"] for r in whole.records]
+
+
+def test_a_log_with_times_is_kept_with_them(tmp_path):
+    rng = np.random.default_rng(1)
+    log = log_of([rng.integers(9, size=8).tolist() for _ in range(40)])
+    log.times = np.sort(rng.integers(10**9, size=(40, 8)), axis=1).ravel()
+    model = minirec.fit(log, folder=tmp_path / "run", split="temporal", **QUIET)
+    assert minirec.load(tmp_path / "run").evaluate() == model.evaluate()
+    np.testing.assert_array_equal(minirec.load(tmp_path / "run").log.times, log.times)
+
+
+@pytest.mark.parametrize("damage", ["sequence", "offsets", "users"])
+def test_a_kept_log_that_is_damaged_is_refused(log, tmp_path, damage):
+    model = minirec.fit(log, folder=tmp_path / "run", **QUIET)
+    arrays = runs.read_arrays(tmp_path / "run" / runs.LOG)
+    arrays["sequence"][0] = 99 if damage == "sequence" else arrays["sequence"][0]
+    arrays["offsets"][1] = 10**9 if damage == "offsets" else arrays["offsets"][1]
+    arrays["users"] = arrays["users"][1:] if damage == "users" else arrays["users"]
+    runs.write_arrays(tmp_path / "run" / runs.LOG, arrays)
+    with pytest.raises(UserError, match="log.npz: damaged"):
+        minirec.load(tmp_path / "run").evaluate()
+    assert model.evaluate()["users"] > 0
+
+
+def test_what_a_model_says_is_what_its_parts_say(log, model):
+    history = log.history(3)
+    names = [log.items[i] for i in history]
+    assert model.recommend(names, 3) == model.recommend(history, 3)
+    best = model.recommend(history, 100)
+    assert not {name for name, _ in best} & set(names) and len(best) == len(log.items) - len(set(names))
+    assert [score for _, score in best] == sorted((score for _, score in best), reverse=True)
+    assert [a.shape for a in model.attention(names)] == [(2, len(names), len(names))] * 2
+    ranks = model.ranks()
+    assert model.evaluate()["HR@5"] == np.mean(ranks < 5) and model.evaluate()["unreachable"] == (ranks == MISS).sum()
+    result = model.decompose()
+    assert len(result["users"]) == len(result["positions"]) and 0 < result["summary"]["all"]["attn_res_ln"]["mean"] < 1
+
+
+def test_another_log_is_ranked_as_the_same_log_where_it_is_the_same(log, model):
+    same = model.evaluate(log)
+    assert same | {"baselines": {}} == model.evaluate() | {
+        "baselines": {},
+        "unknown_targets": 0,
+        "unknown_histories": 0,
+    }
+
+
+@pytest.mark.parametrize(
+    "call, words",
+    [
+        (lambda m: m.with_attention("uniform", [2]), "blocks 0 to 1"),
+        (lambda m: m.with_attention("linear"), "choose from"),
+        (lambda m: m.recommend(["nobody's"]), "knows none of these"),
+        (lambda m: m.recommend([99]), "0 to 14"),
+        (lambda m: m.recommend([]), "knows none"),
+        (lambda m: minirec.fit(m.log, lr=-1.0), "lr"),
+        (lambda m: minirec.fit(m.log, loss="hinge"), "loss"),
+        (lambda m: minirec.fit(m.log, split="random"), "split"),
+        (lambda m: minirec.fit(m.log, epochs=0), "epochs"),
+        (lambda m: minirec.fit(m.log, hidden=7), "heads"),
+        (lambda m: minirec.load("nowhere"), "not a run folder"),
+    ],
+)
+def test_a_mistake_in_python_is_one_line(model, call, words):
+    with pytest.raises(UserError, match=words) as error:
+        call(model)
+    assert "\n" not in str(error.value)
+
+
+def test_an_item_that_the_model_does_not_know_is_left_out_aloud(model):
+    with pytest.warns(UserWarning, match="left out, unknown to the model: 'nobody'"):
+        model.recommend([model.items[0], "nobody"])
+
+
+def test_the_epochs_are_printed_unless_nobody_wants_them(log, capsys):
+    minirec.fit(log, **QUIET | {"on_epoch": fitting.print_epoch})
+    assert [line.split()[:2] for line in capsys.readouterr().err.splitlines()] == [["epoch", "1"], ["epoch", "2"]]
+    minirec.fit(log, **QUIET)
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.slow
+def test_the_wheel_holds_all_that_a_notebook_and_the_command_need(tmp_path):
+    pytest.importorskip("pandas")
+    pytest.importorskip("setuptools", minversion="70.1")
+    site, pip = tmp_path / "site", [sys.executable, "-m", "pip", "-q"]
+    build = [*pip, "install", "--no-deps", "--no-build-isolation", "--target", str(site), str(ROOT)]
+    subprocess.run(build, cwd=tmp_path, check=True)
+    environment = os.environ | {"PYTHONPATH": str(site)}
+
+    def run(*command):
+        process = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+        assert process.returncode == 0, process.stderr
+        return process.stdout
+
+    where = run(sys.executable, "-c", "import minirec; print(minirec.__file__)").strip()
+    assert where == str(site / "minirec" / "__init__.py")
+    run(sys.executable, "-c", NOTEBOOK)
+    helps = [
+        run(sys.executable, site / "bin" / "minirec", "--help"),
+        run(sys.executable, "-m", "minirec", "--help").replace("python -m minirec", "minirec"),
+        run(sys.executable, ROOT / "cli.py", "--help").replace("python cli.py", "minirec"),
+    ]
+    assert len({" ".join(text.split()) for text in helps}) == 1
+    run(sys.executable, "-m", "minirec", "train", "--epochs", "1", "--out", "run")
+    run(sys.executable, "-m", "minirec", "report", "run")
+    assert "ml-100k" in run(sys.executable, "-m", "minirec", "fetch")
