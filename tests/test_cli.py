@@ -131,7 +131,7 @@ def test_without_any_run_the_command_to_make_one_is_named(tmp_path, command):
 
 def test_evaluate_json(trained):
     result = last_json(run_cli("evaluate", trained, "--json", cwd=trained))
-    assert METRICS <= set(result) and result["split"] == "test" and result["users"] == 1500
+    assert METRICS <= set(result) and result["split"] == "test" and result["users"] == 1200
     other = last_json(run_cli("evaluate", trained, "--no-filter-seen", "--split", "valid", "--json", cwd=trained))
     assert other["split"] == "valid" and other["unreachable"] == 0
 

@@ -711,7 +711,7 @@ def test_batches_cover_everything_once_in_an_order_set_by_the_epoch(n, size, epo
     np.testing.assert_array_equal(np.concatenate(found), np.concatenate(batches(n, size, 0, epoch)))
 
 
-@pytest.mark.parametrize("name, back", [("chain", 1), ("household", 2)])
+@pytest.mark.parametrize("name, back", [("chain", 1), ("household", 3)])
 def test_planted_chains_follow_from_so_many_items_back(name, back):
     log = planted.DATASETS[name]()
     assert log.sha256() == planted.DATASETS[name]().sha256() != planted.DATASETS[name](seed=1).sha256()
@@ -724,13 +724,31 @@ def test_planted_chains_follow_from_so_many_items_back(name, back):
     assert (len(log.users), len(log.items)) == (planted.N_USERS, planted.N_ITEMS)
 
 
-def test_taste_has_no_order_and_few_genres_a_user():
+def test_taste_has_no_order_and_few_genres_a_user_and_nothing_twice():
     log = planted.taste()
-    genres = [np.bincount(log.history(u) % planted.N_GENRES) / len(log.history(u)) for u in range(len(log.users))]
-    assert 0.35 < np.mean([shares.max() for shares in genres]) < 0.6  # far above 1 / N_GENRES, and not one alone
-    halves = [np.array_split(log.history(u) % planted.N_GENRES, 2) for u in range(len(log.users))]
+    histories = [log.history(u) for u in range(len(log.users))]
+    genres = [np.bincount(history % planted.N_GENRES) / len(history) for history in histories]
+    assert 0.35 < np.mean([shares.max() for shares in genres]) < 0.65  # far above 1 / N_GENRES, and not one alone
+    halves = [np.array_split(history % planted.N_GENRES, 2) for history in histories]
     first, second = (np.mean([np.isin(a[i], a[1 - i]).mean() for a in halves]) for i in (0, 1))
-    assert abs(first - second) < 0.02  # what comes early tells of what comes late as the other way round
+    assert abs(first - second) < 0.03  # early tells of late as late of early, but that favourites are used up
+    assert all(len(set(history)) == len(history) for history in histories)
+
+
+def test_drift_follows_from_one_of_the_last_three_and_nothing_comes_twice():
+    log = planted.drift()
+    histories = [log.history(u).tolist() for u in range(len(log.users))]
+    assert all(len(set(history)) == len(history) for history in histories)
+    counts, pairs = dict.fromkeys(range(1, 7), 0), {}
+    for history in histories:
+        for t in range(6, len(history)):
+            for back in counts:
+                pairs.setdefault((history[t - back], history[t]), []).append(back)
+    for backs in pairs.values():
+        if len(backs) > 20:  # a successor, not chance
+            for back in backs:
+                counts[back] += 1
+    assert min(counts[1], counts[2], counts[3]) > 2 * max(counts[4], counts[5], counts[6])
 
 
 @pytest.mark.parametrize(

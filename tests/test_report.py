@@ -165,7 +165,7 @@ def test_ranks_and_metrics_are_those_of_the_test_split(trained, found):
 
 def test_the_history_reaches_back_from_the_latest_position(trained, found):
     _, _, log = loaded(trained)
-    assert len(found["users"]) == report.USERS and found["n_test"] == 1500
+    assert len(found["users"]) == report.USERS and found["n_test"] == 1200
     for user, position, _, history in picked(found, log):
         n = len(decode(position["blocks"][0]["contribution"]))
         end = position["position"] + 1 - user["before"]

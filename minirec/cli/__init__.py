@@ -11,7 +11,7 @@ from minirec.cli.common import PROGRAM, Commands, as_called, one_line, say
 from minirec.training.mpi import launched_rank
 
 THE_WAY = """\
-python cli.py study                      is learned attention needed? three embedded datasets, some minutes
+python cli.py study                      is learned attention needed? four embedded datasets, some minutes
 python cli.py study --data ratings.csv   the same question, asked of your own log
 python cli.py --help                     all commands; each has a --help of its own"""
 

@@ -34,16 +34,16 @@ from minirec.training import runs
 @click.option("--data", multiple=True, help="A log; give it once a log [default: the embedded datasets].")
 @log_options
 @click.option("--attn", type=click.Choice(known_weightings()), multiple=True, help="Weightings [default: all].")
-@click.option("--seeds", type=click.IntRange(1, 1000), default=3, show_default=True, help="Runs of each weighting.")
-@click.option("--epochs", type=click.IntRange(min=1), help="At most so many [default: 200; embedded datasets 100].")
-@click.option("--patience", type=click.IntRange(min=1), help="Epochs without a gain [default: 10; embedded 3].")
-@click.option("--lr", type=Number(0, min_open=True), help="Learning rate [default: 0.001].")
+@click.option("--seeds", type=click.IntRange(1, 1000), default=3, help="Runs of each weighting.")
+@click.option("--epochs", type=click.IntRange(min=1), help="At most so many [default: 200; embedded datasets 60].")
+@click.option("--patience", type=click.IntRange(min=1), help="Epochs without a gain [default: 10; embedded 4 or 6].")
+@click.option("--lr", type=Number(0, min_open=True), help="Learning rate [default: 0.001; embedded up to 0.002].")
 @click.option("--max-length", type=SIZE, help="Latest items kept [default: 200 for long histories, else 50].")
 @click.option("--dropout", type=Number(0, 1, max_open=True), help="[default: 0.2 for dense logs, else 0.5].")
 @backend_option
 @filter_seen_option(True)
 @click.option("--workers", type=click.IntRange(min=1), help="Runs at a time [default: all usable cores].")
-@click.option("--figures", type=click.Choice(["png", "pdf", "svg"]), default="png", show_default=True)
+@click.option("--figures", type=click.Choice(["png", "pdf", "svg"]), default="png")
 @click.option("--out", type=click.Path(path_type=Path), help="[default: runs/study, or runs/study-LOG].")
 @json_option
 def study(data, attn, columns, out, figures, as_json, **options):

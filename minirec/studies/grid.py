@@ -47,9 +47,12 @@ LONG = 100  # mean history from which the last 200 items are kept, not the last 
 # What a study may be given, as fit; None stands for the default.
 READING = (*runs.READING, "split", "k_core", "drop_repeats")
 TRAINING = ("loss", "negatives", "epochs", "batch_size", "lr", "patience", "backend", "filter_seen")
-SIZES = {"hidden": "hidden_size", "blocks": "n_blocks", "heads": "n_heads", "max_length": "max_length"}
-SIZES |= {"dropout": "dropout"}
-PLANTED = {"epochs": 60, "batch_size": 32, "lr": 2e-3, "patience": 4}  # they must show their regimes in minutes
+SIZES = {"hidden": "hidden_size", "blocks": "n_blocks", "heads": "n_heads"}
+SIZES |= {name: name for name in ("max_length", "dropout")}
+# The planted logs must show their regimes in minutes. taste is learned in ten epochs, and smaller steps make its seeds
+# agree; drift is learned on a plateau, and less patience would end some of its runs there.
+PLANTED = {"epochs": 60, "batch_size": 32, "lr": 2e-3, "patience": 4}
+OF_LOG = {"taste": {"lr": 1e-3}, "drift": {"patience": 6}}
 
 
 # The library's front
@@ -113,7 +116,8 @@ def prepare(name, log, options, read, say):
     else:
         planted = runs.is_planted(name)
         source = Source(name if planted else os.path.abspath(name), runs.fingerprint(name), **reading)
-        name, training, log = runs.log_name(name), PLANTED | training if planted else training, read(source)
+        training = PLANTED | OF_LOG.get(name, {}) | training if planted else training
+        name, log = runs.log_name(name), read(source)
     max_length, dropout = sensible(log)
     sizes = {"max_length": max_length, "dropout": dropout} | {SIZES[key]: value for key, value in sizes.items()}
     model = Config(len(log.items), **sizes)
