@@ -76,6 +76,7 @@ run("train", *log, "--out", "learned")
 run("evaluate", "learned", "--attn", "last_two")
 run("gradcheck", "--attn", "last_two")
 run("trace", "--attn", "last_two")
+run("lesson")
 run("decompose", "run", "--out", "arrays")
 run("report", "learned")
 run("study", *log, "--seeds", "1", "--workers", "1", "--out", "study")
@@ -91,7 +92,10 @@ def test_a_weighting_registered_from_outside_in_one_line_is_known_everywhere(tmp
         [sys.executable, "fifth.py"], cwd=tmp_path, env=os.environ | paths, capture_output=True, text=True, timeout=300
     )
     assert process.returncode == 0, process.stderr
-    assert "position 3 with another A" in process.stdout
+    assert "one step, forwards and backwards, last_two weighting" in process.stdout
+    assert (
+        '"weightings":["softmax","uniform","identity","recency","last_two"]' in (tmp_path / "lesson.html").read_text()
+    )
     assert "last_two" in (tmp_path / "study" / "study.csv").read_text()
     assert '"last_two"' in (tmp_path / "learned" / "report.html").read_text()
     assert set(json.loads((tmp_path / "study" / "study.json").read_text())["datasets"]["log"]["metrics"]) == {

@@ -15,6 +15,8 @@ from minirec.lesson import gradcheck as checking
 from minirec.lesson import page as lesson_page
 from minirec.lesson import trace as tracing
 
+LARGEST = 1 << 20  # bytes of a student's file
+
 
 @click.command(cls=Command)
 @click.option("--attn", type=click.Choice(known_weightings()), help="One weighting [default: all].")
@@ -113,6 +115,8 @@ def exercise(name, check, solution):
     if solution:
         click.echo(exercises.solution(name), nl=False)
     elif check:
+        with files.opened(check, LARGEST):
+            pass
         right, lines = exercises.judge(name, exercises.run_apart(name, check))
         click.echo("\n".join(lines))
         if not right:

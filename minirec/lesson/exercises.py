@@ -27,13 +27,12 @@ from typing import NamedTuple
 
 import numpy as np
 
-from minirec import attention, decompose, files, loss, ops, plain
+from minirec import attention, decompose, loss, ops, plain
 from minirec.lesson import recording
 from minirec.lesson.gradcheck import TOLERANCE, central_differences
 from minirec.training import ranking
 
 TIME_LIMIT = 20  # seconds
-LARGEST = 1 << 20  # bytes of a student's file
 MODULES = {module.__name__.removeprefix("minirec."): module for module in (*recording.CORE, ranking)}
 
 
@@ -92,10 +91,10 @@ def embedding_backward():
 
 
 def softmax():
-    small, large = draw((2, 4, 4), (3, 5))
-    hidden = small + attention.causal_mask(4, small)
-    for says, scores in (("the future hidden", hidden), ("large scores", 1000 * large)):
-        yield Case(says, {"scores": scores}, ("weights",), destroys=("scores",))
+    small, large = draw((1, 2, 4, 4), (1, 1, 5, 5))
+    for says, scores in (("two heads", small), ("large scores", 1000 * large)):
+        arguments = {"scores": scores, "mask": attention.causal_mask(scores.shape[-1], scores)}
+        yield Case(says, arguments, ("weights",), destroys=("scores",))
 
 
 def user_values():
@@ -150,13 +149,10 @@ def attention_backward(rate=0.0):
         yield Case(f"{attn} weights", arguments, ("d_q", "d_k", "d_v"), wanted=wanted, sizes={"K": 3, "L": 5})
 
 
-def attention_backward_dropout():
-    return attention_backward(rate=0.4)
-
-
 CASES = (relu_backward, dropout_backward, linear_backward, embedding_backward, softmax, user_values, fixed_weights)
-CASES += (adam_step, layer_norm_backward, cross_entropy, mixing_ratios, attention_backward, attention_backward_dropout)
+CASES += (adam_step, layer_norm_backward, cross_entropy, mixing_ratios, attention_backward)
 CASES = {cases.__name__: cases for cases in CASES}  # the exercises, from easy to hard
+CASES["attention_backward_dropout"] = lambda: attention_backward(rate=0.4)
 
 
 # The words
@@ -184,6 +180,7 @@ def ours(exercise, old="", new=""):
     """Return our function of an exercise, with one change of its source."""
     module = MODULES[exercise.module]
     source, namespace = inspect.getsource(getattr(module, exercise.function)), vars(module) | {"np": np}
+    source = source[source.index("def ") :]  # without its mark @fused
     assert old in source, f"{exercise.function} has no {old}"
     exec(source.replace(old, new) if old else source, namespace)  # our own words
     return namespace[exercise.function]
@@ -229,9 +226,8 @@ def text_of(name, program):
     signature = f"def {exercise.function}{inspect.signature(ours(exercise))}:"
     words = textwrap.fill(f'"""{exercise.asks}', 100, initial_indent="    ", subsequent_indent="    ")
     body = source_of(exercise, f'{signature}\n{words}\n    """\n    raise NotImplementedError')
-    return f'"""Exercise: write {exercise.function}, the last function here. Is it right?\n\n' + (
-        f'    {program} exercise {name} --check {name}.py\n"""\n\n{body}'
-    )
+    command = f"{program} exercise {name} --check {name}.py"
+    return f'"""Exercise: write {exercise.function}. Is it right?\n\n    {command}\n"""\n\n{body}'
 
 
 def solution(name):
@@ -307,8 +303,6 @@ def run(name, path):
 
 def run_apart(name, path):
     """Run a student's file in a process of its own; return what `run` does. What it prints goes to stderr."""
-    with files.opened(Path(path), LARGEST):
-        pass
     home = str(Path(__file__).resolve().parents[2])
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, (home, os.environ.get("PYTHONPATH"))))}
     command = [sys.executable, "-P", "-W", "ignore", "-m", "minirec.lesson.exercises", name, str(path)]
@@ -338,9 +332,8 @@ def close(a, b):
 def known_size(factor, sizes):
     """Return ", which is sqrt(K)" where a factor is made of a size that the student knows, else ""."""
     for name, size in sizes.items():
-        forms = {name: size, f"1/({name})": 1 / size, f"sqrt({name})": size**0.5, f"1/sqrt({name})": size**-0.5}
-        for form, value in forms.items():
-            if math.isclose(factor, value, rel_tol=1e-4):
+        for form, power in (name, 1), (f"1/({name})", -1), (f"sqrt({name})", 0.5), (f"1/sqrt({name})", -0.5):
+            if math.isclose(factor, size**power, rel_tol=1e-4):
                 return f", which is {form}"
     return ""
 

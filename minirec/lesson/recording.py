@@ -11,6 +11,8 @@ than in training, so that there is something to see.
 import ast
 import contextlib
 import inspect
+import itertools
+import linecache
 import sys
 from functools import cache, wraps
 from typing import NamedTuple
@@ -85,7 +87,8 @@ def resolve(node, frame):
     """Return name and value of a target: c["q"] of a dict or list, the whole array where a part of it is written."""
     if isinstance(node, ast.Name):
         return node.id, frame.f_locals.get(node.id)
-    name, value = resolve(node.value, frame)
+    view = isinstance(node, ast.Call)  # x.reshape(...)[...] writes into x
+    name, value = resolve(node.func.value if view else node.value, frame)
     if isinstance(node, ast.Subscript) and isinstance(value, (dict, list)):
         key = eval(compile(ast.Expression(node.slice), "<key>", "eval"), frame.f_globals, frame.f_locals)
         if not isinstance(key, slice):
@@ -95,26 +98,28 @@ def resolve(node, frame):
 
 def snapshot(value):
     """Return a value of which the arrays, also those within dicts, lists and tuples, are copies."""
-    if isinstance(value, np.ndarray):
-        return value.copy()
     if isinstance(value, dict):
         return {name: snapshot(part) for name, part in value.items()}
     if isinstance(value, (list, tuple)):
         parts = map(snapshot, value)
         return type(value)(*parts) if hasattr(value, "_fields") else type(value)(parts)
-    return value
+    return value.copy() if isinstance(value, np.ndarray) else value
+
+
+def parts_of(value):
+    """Return the parts of a dict, list or tuple as a dict: by name, or by number."""
+    names = getattr(value, "_fields", range(len(value)))
+    return value if isinstance(value, dict) else dict(zip(names, value, strict=True))
 
 
 def arrays_in(value, name):
     """Yield (name, array) of all arrays in nests of dicts, lists and tuples."""
     if isinstance(value, np.ndarray):
         yield name, value
-    elif isinstance(value, dict):
-        for key, part in value.items():
-            yield from arrays_in(part, f'{name}["{key}"]')
-    elif isinstance(value, (list, tuple)):
-        for key, part in zip(getattr(value, "_fields", range(len(value))), value, strict=True):
-            yield from arrays_in(part, f"{name}.{key}" if hasattr(value, "_fields") else f"{name}[{key}]")
+    elif isinstance(value, (dict, list, tuple)):
+        for key, part in parts_of(value).items():
+            inner = f".{key}" if hasattr(value, "_fields") else f"[{key!r}]".replace("'", '"')
+            yield from arrays_in(part, name + inner)
 
 
 # The recorder
@@ -133,7 +138,9 @@ class Call:
     """One call of a function of the core."""
 
     def __init__(self, module, code, caller, line):
-        self.module, self.function, self.start = module, code.co_qualname, code.co_firstlineno
+        self.module, self.function = module, code.co_qualname
+        defines = lambda n: linecache.getline(code.co_filename, n).lstrip().startswith("def ")
+        self.start = next(filter(defines, itertools.count(code.co_firstlineno)))  # past its mark @fused
         self.caller, self.line = caller, line  # the call that it was made by, and in which line of it
         self.arguments, self.returned, self.events, self.forward = {}, None, [], None
 
@@ -152,17 +159,11 @@ class Call:
 @contextlib.contextmanager
 def unwritten_is_nan():
     """Let new arrays that NumPy leaves unwritten hold NaN instead of what happens to lie in memory."""
-    before = np.empty, np.empty_like
+    before, nothing = (np.empty, np.empty_like), {"f": np.nan}  # of whole numbers: 0
 
     def blank(make):
-        @wraps(make)
-        def made(*arguments, **options):
-            array = make(*arguments, **options)
-            if array.dtype.kind == "f":
-                array.fill(np.nan)
-            return array
-
-        return made
+        fill = lambda array: (array, array.fill(nothing.get(array.dtype.kind, 0)))[0]
+        return wraps(make)(lambda *arguments, **options: fill(make(*arguments, **options)))
 
     np.empty, np.empty_like = map(blank, before)
     try:
@@ -228,8 +229,7 @@ def record(run):
 
 def example(attn="softmax", seed=SEED):
     """Return the config and the parameters (float64, N(0, 0.5), gammas around 1) that the lesson runs on."""
-    length = max(map(len, SEQUENCES)) - 1
-    config = model.Config(n_items=6, hidden_size=4, n_blocks=1, n_heads=2, max_length=length, dropout=0, attn=attn)
+    config = model.Config(n_items=6, hidden_size=4, n_blocks=1, n_heads=2, max_length=4, dropout=0, attn=attn)
     rng = np.random.default_rng(seed)
     parameters = model.init_parameters(config, seed, np.float64)
     for name, value in parameters.items():

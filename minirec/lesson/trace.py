@@ -11,6 +11,7 @@ import numpy as np
 
 from minirec import attention, decompose, loss, model, ops, packing
 from minirec.lesson import gradcheck, recording
+from minirec.parameters import sub_dict
 
 WIDTH = 80  # columns of the terminal
 SHOWN = (ops, attention, loss, model, decompose)
@@ -81,8 +82,8 @@ def lines(attn="softmax", seed=recording.SEED):
     yield heading("the batch: three users, shortest first")
     batch = packing.pack_list(recording.SEQUENCES, config, np, with_targets=True)
     users = np.repeat(batch.order, batch.lengths)
-    yield from side_by_side({"user": users, "items": batch.items})
-    yield from side_by_side({"positions": batch.positions, "targets": batch.targets})
+    rows = {"user": users, "items": batch.items, "positions": batch.positions, "targets": batch.targets}
+    yield from side_by_side(rows)
     yield heading(f"one step, forwards and backwards, {attn} weighting")
     yield from walk(recording.record(step))
     yield heading("each gradient beside its central difference")
@@ -101,7 +102,6 @@ def lines(attn="softmax", seed=recording.SEED):
     yield heading("how much the first user's positions mix")
     history = recording.SEQUENCES[0][:-1]
     batch, (cache,) = decompose.block_caches(p, config, history, np.array([0]), np.array([len(history)]))
-    ratios = lambda: decompose.mixing_ratios(cache, decompose.sub_dict(p, "blocks.0."), batch.buckets)
-    pairs = lambda: decompose.contributions(p, config, history)
-    events = recording.record(ratios) + recording.record(pairs)
+    ratios = recording.record(lambda: decompose.mixing_ratios(cache, sub_dict(p, "blocks.0."), batch.buckets))
+    events = ratios + recording.record(lambda: decompose.contributions(p, config, history))
     yield from walk(event for event in events if event.call.module is decompose)
