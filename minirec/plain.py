@@ -244,7 +244,7 @@ def hit_rate(sequences, p, n_heads, attn, k=10):
 
 
 def main():
-    """Train learned and uniform attention on a dataset in which the next item follows from the item two back."""
+    """Train learned and uniform attention on a dataset in which the next item follows from the item three back."""
     from minirec.data.planted import household
 
     log = household()

@@ -207,7 +207,7 @@ def test_recommend_for_everyone(trained, tmp_path):
     assert process.returncode == 0, process.stderr
     with open(tmp_path / "all.csv", newline="") as file:
         rows = list(csv.DictReader(file))
-    assert len(rows) == 4500 and rows[0]["user"] == "account 0" and rows[0]["rank"] == "1"
+    assert len(rows) == 3600 and rows[0]["user"] == "account 0" and rows[0]["rank"] == "1"
 
 
 def invoke(*arguments):
@@ -722,7 +722,7 @@ def test_what_is_no_regular_file_is_written_into(trained, tmp_path):
     os.mkfifo(tmp_path / "pipe")
     with subprocess.Popen(["cat", "pipe"], cwd=tmp_path, stdout=subprocess.PIPE) as reader:
         run_cli("recommend", trained, "--all", "--top", 1, "--out", "pipe", cwd=tmp_path)
-        assert len(reader.communicate(timeout=30)[0].splitlines()) == 1501
+        assert len(reader.communicate(timeout=30)[0].splitlines()) == 1201
 
 
 def test_a_moved_log_is_asked_for_and_found_again(tmp_path):

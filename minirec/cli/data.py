@@ -3,7 +3,7 @@
 import difflib
 import math
 import shlex
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import click
@@ -106,7 +106,7 @@ def describe(path, as_json, **options):
     \b
     python cli.py describe ratings.csv --columns who,what,when --k-core 5
     """
-    source = log_source(path, options)
+    source = replace(log_source(path, options), path=path)  # as it was typed
     log = load_log(source, tell=False)
     result = describe_log(log, runs.split_log(log, {"data": asdict(source)}), source.drop_repeats)
     result["study"] = dict(zip(("max_length", "dropout"), studying.sensible(log), strict=True))
