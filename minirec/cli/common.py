@@ -6,6 +6,7 @@ import json
 import math
 import os
 import shlex
+import shutil
 import sys
 import time
 from contextlib import contextmanager
@@ -26,6 +27,7 @@ from minirec.training.runs import LONGEST_NAME, Source, Training
 
 MANY_REPEATS = 0.2  # of the targets; where more are items that the user had before, people buy again
 SIZE = click.IntRange(1, 1 << 24)
+BAR = 20  # characters
 FEW = 3  # names that a message shows of many
 PROGRAM = "python cli.py"  # what our texts call the command line; shown is what it was called by
 INTERRUPTED = 130  # the shell's exit status after Ctrl-C
@@ -142,7 +144,9 @@ def progress(label, length, least=0):
     if not on_terminal() or length < least:
         yield lambda n, text=None: None
         return
-    with click.progressbar(length=length, label=label, file=sys.stderr, item_show_func=lambda text: text) as bar:
+    room = max(0, shutil.get_terminal_size().columns - len(label) - BAR - 30)  # beside the bar stand percent and time
+    shown = lambda text: text and text[:room]  # a longer line would wrap, and its beginning stay on the screen
+    with click.progressbar(length=length, label=label, width=BAR, file=sys.stderr, item_show_func=shown) as bar:
         yield bar.update
 
 

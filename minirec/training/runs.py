@@ -259,6 +259,9 @@ def load_settings(folder):
     time_format and ties.
     """
     if not os.path.exists(folder / "config.json"):
+        if inside := sorted(folder.glob("*/*/config.json")):
+            done = "python cli.py report makes its page" if (folder / "study.json").exists() else "not summed up yet"
+            raise UserError(f"{folder}: a study's folder ({done}); its runs lie in it, such as {inside[0].parent}")
         raise UserError(f"{folder}: not a run folder (no config.json); python cli.py train makes one")
     settings = read_json(folder / "config.json", LARGEST_CONFIG)
     try:
