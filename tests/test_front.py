@@ -197,9 +197,7 @@ def test_the_wheel_holds_all_that_a_notebook_and_the_command_need(tmp_path):
 
 def test_a_studys_folder_in_the_place_of_a_runs_is_called_what_it_is(model, tmp_path):
     model.save(tmp_path / "log" / "softmax-0")
-    with pytest.raises(
-        UserError, match="a study.s folder .not summed up yet.; .* such as .*softmax-0"
-    ):
+    with pytest.raises(UserError, match="a study.s folder .not summed up yet.; .* such as .*softmax-0"):
         minirec.load(tmp_path)
     (tmp_path / "study.json").write_text("{}")
     with pytest.raises(UserError, match="report makes its page"):

@@ -1,4 +1,4 @@
-"""Lanes: every sequence once, and the same bits for any number of workers."""
+"""Gradient buffers: every sequence once, and the same bits for any number of workers."""
 
 import multiprocessing
 import os
@@ -16,7 +16,7 @@ from minirec.optimizer import adam_step
 from minirec.packing import pack
 from minirec.parameters import parameter_count, unflatten
 from minirec.training import parallel
-from minirec.training.parallel import AHEAD, NO_LANE, Memory, Sampling, Team, worker_map
+from minirec.training.parallel import AHEAD, NEGATIVES, Memory, Sampling, Team, worker_map
 
 CONFIG = model.Config(n_items=30, hidden_size=8, max_length=10, dropout=0.5)
 
@@ -140,7 +140,7 @@ def test_the_small_table_gives_the_gradients_of_the_full_one(loss):
         value = float(team.compute_gradients(starts, lengths, (7, 1)))
         table, small = team.lead.table, team.gradients.sum(axis=0)
         flat, begins = windows_end_to_end(sequence, starts, lengths)
-        negatives = sampling.draw(backend.generator(np, 7, 1, NO_LANE), 500, flat, starts, lengths)
+        negatives = sampling.draw(backend.generator(np, 7, 1, NEGATIVES), 500, flat, starts, lengths)
         batch = pack(flat, begins, lengths, negatives=negatives if loss == "bce" else None)
         if loss == "sampled":
             batch = batch._replace(negatives=negatives)
@@ -228,7 +228,7 @@ def test_rows_of_items_that_no_loss_looks_at_keep_parameters_and_moments_to_the_
             batch = np.random.default_rng(step).permutation(len(starts))[:9]
             before = [table.copy() for table in tables]
             flat, begins = windows_end_to_end(sequence, starts[batch], lengths[batch])
-            stream = backend.generator(np, 7, step, NO_LANE)
+            stream = backend.generator(np, 7, step, NEGATIVES)
             negatives = sampling.draw(stream, 500, flat, starts[batch], lengths[batch])
             used = set(flat) | set(negatives if loss == "sampled" else ())
             for begin, length in zip(begins, lengths[batch], strict=True):

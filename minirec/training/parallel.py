@@ -1,12 +1,11 @@
-"""One training step spread over workers: lanes of micro-batches whose gradients are summed.
+"""One training step spread over workers: micro-batches whose gradients are summed in a fixed order.
 
-A batch is cut into micro-batches of about equal size, and these are dealt to a fixed number of
-lanes, whatever the number of workers. A lane runs its micro-batches in order and adds up its own
-gradient; the lanes are then summed in order. Which worker ran a lane changes nothing, so the
-result is the same to the last bit on one core or on many.
+A batch is cut into micro-batches of about equal size. They are dealt to a fixed number of gradient buffers, whatever
+the number of workers. A buffer adds up the gradients of its micro-batches in order, and the buffers are then summed in
+order. Which worker fills a buffer changes nothing: the result is the same to the last bit on one core or on many.
 
-Where an MPI launcher started several processes, each of these ranks takes every n-th lane, with workers of
-its own (see mpi.py).
+Where an MPI launcher started several processes, each of these ranks fills every n-th buffer, with workers of its own
+(see mpi.py).
 
 Training workers are processes over shared memory: a step is thousands of short NumPy calls, and
 threads would queue for the interpreter between them. Ranking and decomposing are few, large calls,
@@ -41,7 +40,7 @@ from minirec.parameters import parameter_count, unflatten
 from minirec.training.mpi import Ranks
 
 UPDATE_SIZE = 1 << 16  # parameters that Adam updates at a time: they and their moments stay in cache
-NO_LANE = 1 << 16  # the negatives' stream, which no lane's dropout shares, and which every backend draws alike
+NEGATIVES = 1 << 16  # the negatives' stream, which no buffer's dropout shares, and which every backend draws alike
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # from glibc's malloc.h
 PR_SET_PDEATHSIG = 1  # from Linux's prctl.h
 AHEAD = 4  # results that a thread of worker_map may be before its caller
@@ -162,32 +161,32 @@ def shared_floats(n):
 
 
 class Memory:
-    """What all workers see: parameters, moments and a gradient a lane, flat; on the CPU in shared memory.
+    """What all workers see: parameters, moments and a gradient a buffer, flat; on the CPU in shared memory.
 
     table_rows: how many item rows a gradient holds, all V or those of a Sampling; ranks: Ranks, whose own
-    lanes these are.
+    buffers these are.
     """
 
     NAMES = ("parameters", "first_moment", "second_moment")
 
     def __init__(self, config, xp, table_rows, ranks):
-        self.all_lanes, self.size = max(plan(xp).gradient_buffers, ranks.size), parameter_count(config)
-        self.own_lanes = range(ranks.rank, self.all_lanes, ranks.size)
-        self.lanes = len(self.own_lanes)
+        self.all_buffers, self.size = max(plan(xp).gradient_buffers, ranks.size), parameter_count(config)
+        self.own_buffers = range(ranks.rank, self.all_buffers, ranks.size)
+        self.buffers = len(self.own_buffers)
         self.gradient_size = parameter_count(replace(config, n_items=table_rows))
-        n = len(self.NAMES) * self.size + self.lanes * self.gradient_size
+        n = len(self.NAMES) * self.size + self.buffers * self.gradient_size
         self.shared = shared_floats(n) if xp is np else xp.zeros(n, xp.float32)
 
     def arrays(self):
-        """Return {"parameters", "first_moment", "second_moment": [P], "gradients": [lanes, P']}, all views."""
+        """Return {"parameters", "first_moment", "second_moment": [P], "gradients": [buffers, P']}, all views."""
         whole = self.shared if hasattr(self.shared, "reshape") else np.frombuffer(self.shared, np.float32)
         kept = whole[: len(self.NAMES) * self.size].reshape(-1, self.size)
-        gradients = whole[len(self.NAMES) * self.size :].reshape(self.lanes, self.gradient_size)
+        gradients = whole[len(self.NAMES) * self.size :].reshape(self.buffers, self.gradient_size)
         return dict(zip(self.NAMES, kept, strict=True)) | {"gradients": gradients}
 
 
 class Worker:
-    """One of n: it computes every n-th lane and updates every n-th slice of the parameters.
+    """One of n: it computes every n-th buffer and updates every n-th slice of the parameters.
 
     memory: Memory; config: the model's; sequence: all histories end to end, on the host; sampling: a
     Sampling, None for the full cross-entropy; xp: the array module; rank: 0..n-1.
@@ -195,36 +194,36 @@ class Worker:
 
     def __init__(self, memory, config, sequence, sampling, xp, rank, n):
         self.__dict__.update(memory.arrays())
-        self.all_lanes, self.own_lanes = memory.all_lanes, memory.own_lanes
+        self.all_buffers, self.own_buffers = memory.all_buffers, memory.own_buffers
         self.config, self.sequence, self.sampling = config, sequence, sampling
         self.xp, self.rank, self.n = xp, rank, n
         self.views = unflatten(self.parameters, config)
         self.table = None  # the item rows that the latest step touched; None = all
 
     def compute_gradients(self, starts, lengths, key):
-        """Fill this worker's lanes with the gradients of one batch; return their losses, one a lane.
+        """Fill this worker's buffers with the gradients of one batch; return their losses, one a buffer.
 
         starts, lengths [B] of the inputs in `sequence` (see packing.pack); key: integers (seed, step)
-        that, with lane and micro-batch, seed the dropout.
+        that, with buffer and micro-batch, seed the dropout.
         """
         scale = 1 / int(lengths.sum())
-        pieces = micro_batches(lengths, self.all_lanes, plan(self.xp).micro_batch_tokens)
+        dealt = micro_batches(lengths, self.all_buffers, plan(self.xp).micro_batch_tokens)
         config, parameters, sequence, negatives = self.config, self.views, self.sequence, None
         loss = "ce"
         if self.sampling:
             loss = self.sampling.loss
             config, parameters, sequence, starts, negatives = self._small_table(starts, lengths, key)
         losses, self.gradient_size = [], parameter_count(config)
-        for own in range(self.rank, len(self.own_lanes), self.n):
-            lane, gradient = self.own_lanes[own], self.gradients[own, : self.gradient_size]
+        for place in range(self.rank, len(self.own_buffers), self.n):
+            buffer, gradient = self.own_buffers[place], self.gradients[place, : self.gradient_size]
             gradient[...] = 0
             total = 0.0
-            for i, piece in enumerate(pieces[lane]):
+            for i, micro_batch in enumerate(dealt[buffer]):
                 each = negatives if loss == "bce" else None
-                batch = pack(sequence, starts[piece], lengths[piece], self.xp, negatives=each)
+                batch = pack(sequence, starts[micro_batch], lengths[micro_batch], self.xp, negatives=each)
                 if loss == "sampled":
                     batch = batch._replace(negatives=to_device(negatives, self.xp))
-                rng = generator(self.xp, *key, lane, i)
+                rng = generator(self.xp, *key, buffer, i)
                 total = total + add_gradients(parameters, config, batch, scale, unflatten(gradient, config), rng, loss)
             losses.append(total)
         return losses
@@ -234,7 +233,7 @@ class Worker:
 
         Returns config, parameters, sequence, starts and negatives, all in terms of the small table.
         """
-        stream = generator(np, *key, NO_LANE)
+        stream = generator(np, *key, NEGATIVES)
         flat, begins = windows_end_to_end(self.sequence, starts, lengths)
         negatives = self.sampling.draw(stream, self.config.n_items, flat, starts, lengths)
         table, renumbered = np.unique(np.concatenate([flat, negatives]), return_inverse=True)
@@ -244,14 +243,14 @@ class Worker:
         return config, parameters, renumbered[: len(flat)], begins, renumbered[len(flat) :]
 
     def sum_up(self):
-        """Add this worker's slices of all lanes to the first."""
+        """Add this worker's slices of all buffers to the first."""
         for part in self._slices(self.gradient_size, UPDATE_SIZE):
-            sum_lanes(self.gradients[:, part])
+            sum_buffers(self.gradients[:, part])
 
-    def update(self, step, learning_rate, lanes):
-        """Sum the first `lanes` lanes, in order, and take one Adam step with the sum, in this worker's slices."""
+    def update(self, step, learning_rate, buffers):
+        """Sum the first `buffers` buffers, in order, and take one Adam step with the sum, in this worker's slices."""
         arrays = [getattr(self, name) for name in Memory.NAMES]
-        gradients = self.gradients[:lanes]
+        gradients = self.gradients[:buffers]
         if self.table is not None:
             d, n_rows = self.config.hidden_size, len(self.table)
             tables = [array[: self.config.n_items * d].reshape(-1, d) for array in arrays]
@@ -259,14 +258,14 @@ class Worker:
             for part in self._slices(n_rows, UPDATE_SIZE // d + 1):
                 rows = self.table[part]
                 own = [table[rows] for table in tables]  # copies, written back below
-                adam_step(own[0], sum_lanes(gradient_tables[:, part]), *own[1:], step, learning_rate)
+                adam_step(own[0], sum_buffers(gradient_tables[:, part]), *own[1:], step, learning_rate)
                 for table, updated in zip(tables, own, strict=True):
                     table[rows] = updated
             arrays = [array[self.config.n_items * d :] for array in arrays]
             gradients = gradients[:, n_rows * d :]
         for part in self._slices(len(arrays[0]), UPDATE_SIZE):
             parameters, *moments = (array[part] for array in arrays)
-            adam_step(parameters, sum_lanes(gradients[:, part]), *moments, step, learning_rate)
+            adam_step(parameters, sum_buffers(gradients[:, part]), *moments, step, learning_rate)
 
     def _slices(self, length, size):
         """Yield this worker's slices of 0..length-1; on a GPU, one for all."""
@@ -275,7 +274,7 @@ class Worker:
             yield slice(start, min(start + size, length))
 
 
-def sum_lanes(gradients):
+def sum_buffers(gradients):
     """Add gradients[1:] to gradients[0], in order, and return that."""
     for other in gradients[1:]:
         gradients[0] += other
@@ -302,7 +301,7 @@ def serve(connection, others, memory, config, sequence, sampling, rank, n):
 class Team:
     """All workers of a run, this process among them; a context manager.
 
-    config, sequence, sampling, xp: see Worker; n: how many workers, at most one a lane (on a GPU: one);
+    config, sequence, sampling, xp: see Worker; n: how many workers, at most one a buffer (on a GPU: one);
     ranks: the Ranks that each have such a team. The arrays of Memory are here as attributes.
     """
 
@@ -310,7 +309,7 @@ class Team:
         keep_freed_memory()
         self.ranks = ranks or Ranks()
         memory = Memory(config, xp, sampling.rows(config.n_items) if sampling else config.n_items, self.ranks)
-        n = min(n, memory.lanes)
+        n = min(n, memory.buffers)
         self.xp, self.lead = xp, Worker(memory, config, sequence, sampling, xp, 0, n)
         self.__dict__.update(memory.arrays())
         self.connections, self.processes = [], []
@@ -357,16 +356,16 @@ class Team:
         return results
 
     def compute_gradients(self, starts, lengths, key):
-        """Fill all lanes; return this rank's share of the batch's mean loss, a 0-d array on the device (see Worker)."""
+        """Fill all buffers; return this rank's share of the batch's mean loss, 0-d, on the device (see Worker)."""
         losses = self._all("compute_gradients", starts, lengths, key)
         n = len(losses)
-        return sum(losses[lane % n][lane // n] for lane in range(len(self.gradients)))
+        return sum(losses[buffer % n][buffer // n] for buffer in range(len(self.gradients)))
 
     def update(self, step, learning_rate):
-        """Take one Adam step with the sum of the lanes of all ranks (see Worker)."""
-        lanes = len(self.gradients)
+        """Take one Adam step with the sum of the buffers of all ranks (see Worker)."""
+        buffers = len(self.gradients)
         if self.ranks.size > 1:
             self._all("sum_up")
             self.ranks.allreduce(self.gradients[0, : self.lead.gradient_size])
-            lanes = 1
-        self._all("update", step, learning_rate, lanes)
+            buffers = 1
+        self._all("update", step, learning_rate, buffers)

@@ -7,10 +7,10 @@ One setting of a step is varied at a time:
     items     the number of items V, with the full cross-entropy and with the sampled one
     length    the sequences' length L, all of them full, with softmax and with uniform attention
     batch     the number of sequences in a batch
-    workers   the number of worker processes, up to the usable cores or one a lane
+    workers   the number of worker processes, up to the usable cores or one a buffer
 
 Every setting runs in a fresh process, one after the other. A step is timed in its two halves: the
-gradients (forward, loss, backward) and the update (the sum over lanes, and Adam). Afterwards come a
+gradients (forward, loss, backward) and the update (the sum over buffers, and Adam). Afterwards come a
 few steps that are not timed, during which the memory is sampled: all that the process and its workers
 have allocated, the interpreter and its libraries' own memory included. Everything runs in float32 on
 the CPU; items are drawn by a flattened Zipf's law, independently of each other.
@@ -91,7 +91,7 @@ def batch_axis():
 
 
 def workers_axis():
-    useful = min(usable_cores(), plan(np).gradient_buffers)  # a worker owns whole lanes: more of them would be idle
+    useful = min(usable_cores(), plan(np).gradient_buffers)  # a worker owns whole buffers: more of them would be idle
     for sizes in (SHORT, LONG):
         for n in range(1, useful + 1):
             yield Setting(n, workers=n, **sizes)
