@@ -233,6 +233,11 @@ def malformed_files():
         ("bz2", bz2.compress(GOOD.encode()), "not by gzip"),
         ("xz", lzma.compress(GOOD.encode()), "not by gzip"),
         ("zstd", b"\x28\xb5\x2f\xfd\x04\x00" + bytes(20), "not by gzip"),
+        (
+            "zip whose directory is no text",  # the flag says that names are UTF-8
+            zip_file("é.csv").replace("é".encode(), b"\xf9\xf9"),
+            "damaged zip archive",
+        ),
         ("parquet", b"PAR1\x15\x04\x15" + bytes(40) + b"PAR1", "a Parquet file needs pandas|cannot be read as Parquet"),
         ("npy", npy_file(), "binary"),
         ("HDF5", b"\x89HDF\r\n\x1a\n" + bytes(40), "binary"),

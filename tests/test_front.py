@@ -146,6 +146,13 @@ def test_another_log_is_ranked_as_the_same_log_where_it_is_the_same(log, model):
         (lambda m: minirec.fit(m.log, split="random"), "split"),
         (lambda m: minirec.fit(m.log, epochs=0), "epochs"),
         (lambda m: minirec.fit(m.log, hidden=7), "heads"),
+        (lambda m: minirec.fit("ratings.csv"), "read_log"),
+        (lambda m: m.evaluate(part="train"), "valid or test"),
+        (lambda m: m.recommend([1], k=0), "at least 1"),
+        (lambda m: m.recommend([-2]), "0 to 14"),
+        (lambda m: minirec.fit(m.log, split="temporal"), "^the log has no timestamps"),
+        (lambda m: minirec.compare([m], [minirec.fit(m.log, seed=1, **QUIET)]), "same seeds"),
+        (lambda m: minirec.study({"l": m.log}, colour=1), "takes no colour"),
         (lambda m: minirec.load("nowhere"), "not a run folder"),
     ],
 )

@@ -19,6 +19,7 @@ import itertools
 import json
 import os
 import re
+import struct
 import zipfile
 import zlib
 from functools import partial
@@ -174,7 +175,10 @@ def _unpacked(path, file):
     head = file.peek(4)[:4]
     if head != b"PK\x03\x04":
         return gzip.GzipFile(fileobj=file) if head[:2] == b"\x1f\x8b" else file
-    archive = zipfile.ZipFile(file)
+    try:
+        archive = zipfile.ZipFile(file)
+    except (ValueError, OverflowError, struct.error) as error:  # a name in its directory that is no text, say
+        raise zipfile.BadZipFile(error) from None
     names = [name for name in archive.namelist() if not name.endswith("/") and not name.startswith("__MACOSX")]
     if {"xl/workbook.xml", "[Content_Types].xml"} & set(names):
         raise UserError(

@@ -18,7 +18,7 @@ import numpy as np
 
 from minirec import backend, decompose, files, model
 from minirec.backend import load as load_backend
-from minirec.data.log import filter_log, renumbered
+from minirec.data.log import Log, filter_log, renumbered
 from minirec.data.split import SPLITS, Targets, batches, seen_items, training_windows
 from minirec.errors import UserError
 from minirec.parameters import Config
@@ -158,6 +158,8 @@ def fit(
     line read; None: nothing is written. resume: go on with the run that the folder holds. on_epoch(record) is called
     after each epoch; None: in silence.
     """
+    if not isinstance(log, Log):
+        raise UserError(f"fit takes a Log, not {type(log).__name__}: read_log(path) or Log.from_columns makes one")
     log = filter_log(log, k_core, drop_repeats)
     config = Config(len(log.items), hidden, blocks, heads, max_length, dropout, attn)
     ranks = launched_ranks()
@@ -267,6 +269,8 @@ class Model:
         source = self.settings["data"]
         log = filter_log(log, source["k_core"], source["drop_repeats"]) if another else self.log
         split = SPLITS[source["split"]](log) if another else runs.split_log(log, self.settings)
+        if part not in ("valid", "test"):
+            raise UserError(f"part is {part!r}: choose valid or test")
         targets = getattr(split, part)
         if not len(targets.users):
             raise UserError(f"no user has a target for {part}")
@@ -335,6 +339,8 @@ class Model:
 
     def recommend(self, history, k=10, filter_seen=None):
         """Return the k best items after a history, oldest item first, as [(name, score)], best first."""
+        if k < 1:
+            raise UserError(f"k is {k}: at least 1 item is recommended")
         sequence, filter_seen = self.history(history), self.filters_seen(filter_seen)
         ((order, scores),) = recommend(self.parameters, self.config, [sequence], k, filter_seen=filter_seen)
         pairs = zip(order[0], scores[0], strict=True)

@@ -204,7 +204,8 @@ def split_log(log, settings):
     try:
         return split.SPLITS[settings["data"]["split"]](log)
     except UserError as error:
-        raise UserError(f"{settings['data']['path']}: {error}") from None
+        path = settings["data"]["path"]
+        raise UserError(str(error) if path == LOG else f"{path}: {error}") from None
 
 
 def is_planted(path):
