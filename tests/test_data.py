@@ -238,6 +238,11 @@ def malformed_files():
             zip_file("é.csv").replace("é".encode(), b"\xf9\xf9"),
             "damaged zip archive",
         ),
+        (
+            "zip whose member is called otherwise than in its directory, and by no text",
+            zip_file("é.csv").replace("é".encode(), b"\xf9\xf9", 1),
+            "damaged zip archive",
+        ),
         ("parquet", b"PAR1\x15\x04\x15" + bytes(40) + b"PAR1", "a Parquet file needs pandas|cannot be read as Parquet"),
         ("npy", npy_file(), "binary"),
         ("HDF5", b"\x89HDF\r\n\x1a\n" + bytes(40), "binary"),

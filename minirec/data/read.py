@@ -164,7 +164,7 @@ def _lines(path, progress):
                     unlooked, told = 0, file.tell()
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise UserError(f"{path}: damaged gzip file after line {number} ({error}); fetch it again") from None
-    except (zipfile.BadZipFile, RuntimeError, NotImplementedError) as error:
+    except (zipfile.BadZipFile, RuntimeError, NotImplementedError, ValueError, OverflowError, struct.error) as error:
         raise UserError(f"{path}: damaged zip archive after line {number} ({error}); fetch it again") from None
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror or error})") from None
@@ -175,10 +175,7 @@ def _unpacked(path, file):
     head = file.peek(4)[:4]
     if head != b"PK\x03\x04":
         return gzip.GzipFile(fileobj=file) if head[:2] == b"\x1f\x8b" else file
-    try:
-        archive = zipfile.ZipFile(file)
-    except (ValueError, OverflowError, struct.error) as error:  # a name in its directory that is no text, say
-        raise zipfile.BadZipFile(error) from None
+    archive = zipfile.ZipFile(file)
     names = [name for name in archive.namelist() if not name.endswith("/") and not name.startswith("__MACOSX")]
     if {"xl/workbook.xml", "[Content_Types].xml"} & set(names):
         raise UserError(
