@@ -16,7 +16,6 @@ from pathlib import Path
 import click
 
 from minirec import backend
-from minirec.data.describe import count_cold
 from minirec.data.read import FORMATS, TIES
 from minirec.data.split import SPLITS
 from minirec.errors import UserError
@@ -25,7 +24,6 @@ from minirec.training.fit import load
 from minirec.training.mpi import abort, launched_rank
 from minirec.training.runs import LONGEST_NAME, Source, Training
 
-MANY_REPEATS = 0.2  # of the targets; where more are items that the user had before, people buy again
 SIZE = click.IntRange(1, 1 << 24)
 BAR = 20  # characters
 FEW = 3  # names that a message shows of many
@@ -201,8 +199,10 @@ def another_log(model, data, to_split):
 
     to_split: whether it must hold enough to be split, and is filtered for that; else all its users and items stay.
     """
+    if not data:
+        return None
     source = runs.find_log(model.folder, model.settings, data, another=True)
-    if not data or source["sha256"] == model.settings["data"]["sha256"]:
+    if source["sha256"] == model.settings["data"]["sha256"]:
         return None
     if not to_split and source["k_core"] > 1:
         say(f"the run's --k-core {source['k_core']} is not applied: users with fewer items get recommendations too")
@@ -302,23 +302,7 @@ def remark(log, path):
         say(f"{path}: {line}")
 
 
-def remark_on_cold(log, split):
-    """Say how many test targets training never saw: nothing can be learned of them."""
-    if cold := count_cold(log, split):
-        say(f"{cold:,} of {len(split.test.users):,} test targets are items that training never saw (cold)")
-
-
 def few(names):
     """Return a list of names as text: the first ones, long ones cut, then how many more there are."""
     shown = ", ".join(repr(name if len(name) <= LONGEST_NAME else name[:LONGEST_NAME] + "...") for name in names[:FEW])
     return shown + (f" and {len(names) - FEW:,} more" if len(names) > FEW else "")
-
-
-def remark_on_repeats(unreachable, n_targets):
-    """Say how many targets filter-seen makes impossible, if any; where there are many, name the option to keep them."""
-    if unreachable:
-        many = unreachable > MANY_REPEATS * n_targets
-        say(
-            f"{unreachable:,} of {n_targets:,} targets are items the user had before: with --filter-seen they cannot "
-            "be hit and count as misses" + ("; where people buy again, use --no-filter-seen" if many else "")
-        )

@@ -10,7 +10,6 @@ import click
 
 from minirec.cli.common import (
     INTERRUPTED,
-    MANY_REPEATS,
     Command,
     few,
     given,
@@ -25,6 +24,7 @@ from minirec.cli.common import (
     say_json,
 )
 from minirec.data import public as cataloguing
+from minirec.data.describe import MANY_REPEATS
 from minirec.data.describe import describe as describe_log
 from minirec.data.log import k_core
 from minirec.data.read import read_log

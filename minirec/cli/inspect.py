@@ -26,13 +26,13 @@ from minirec.cli.common import (
     json_option,
     opened,
     progress,
-    remark_on_repeats,
     run_argument,
     say,
     say_json,
     telling_settings,
     workers_option,
 )
+from minirec.data.describe import remarks_on_repeats
 from minirec.decompose import RATIOS, contributions
 from minirec.errors import UserError
 from minirec.report import page as reporting
@@ -103,7 +103,8 @@ def evaluate(run, data, split, filter_seen, attn, attn_blocks, backend, workers,
     with telling_settings(model, data) if log else nullcontext():
         result = model.evaluate(log, split, filter_seen, workers, partial(progress, "ranking"))
     remark_on_counts(result, result["baselines"])
-    remark_on_repeats(result["unreachable"], result["users"])
+    for line in remarks_on_repeats(result["unreachable"], result["users"]):
+        say(line)
     if as_json:
         say_json(result)
     else:

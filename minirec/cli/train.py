@@ -26,14 +26,12 @@ from minirec.cli.common import (
     log_source,
     on_terminal,
     progress,
-    remark_on_cold,
-    remark_on_repeats,
     say,
     say_json,
     workers_option,
 )
 from minirec.cli.inspect import metrics_table, remark_on_counts
-from minirec.data.describe import count_unreachable
+from minirec.data.describe import remarks_on_targets
 from minirec.data.split import training_windows
 from minirec.errors import UserError
 from minirec.loss import LOSSES
@@ -127,9 +125,8 @@ def train(ctx, out, resume, as_json, mpi_buffers, **options):
     parts = [len(training_windows(log, split, config.max_length)[0]), len(split.valid.users), len(split.test.users)]
     if min(parts) < len(log.users):
         say("of the users, {:,} are trained on, {:,} have a validation target, {:,} a test target".format(*parts))
-    remark_on_cold(log, split)
-    if options["filter_seen"]:
-        remark_on_repeats(count_unreachable(log, split.test), len(split.test.users))
+    for line in remarks_on_targets(log, split, options["filter_seen"]):
+        say(line)
     say(f"{config.attn} attention, {config.n_blocks} blocks, D = {config.hidden_size} -> {folder}")
 
     try:

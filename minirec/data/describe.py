@@ -10,6 +10,7 @@ from minirec.data.times import as_text
 from minirec.errors import UserError
 from minirec.packing import spans
 
+MANY_REPEATS = 0.2  # of the targets; where more are items that the user had before, people buy again
 QUANTILES = (0, 10, 25, 50, 75, 90, 100)  # percent
 CORES = (5, 10)
 MOST_BINS = 10
@@ -102,6 +103,24 @@ def count_unreachable(log, cases):
     lengths = np.diff(log.offsets)
     before = np.arange(len(log.sequence)) < np.repeat(stop, lengths)
     return len(np.unique(users_of(log)[before & (log.sequence == np.repeat(target, lengths))]))
+
+
+def remarks_on_targets(log, split, filter_seen):
+    """Return which test targets cannot be hit, and why, as lines: training never saw them, or the user had them."""
+    cold, n_targets = count_cold(log, split), len(split.test.users)
+    lines = [f"{cold:,} of {n_targets:,} test targets are items that training never saw (cold)"] if cold else []
+    return lines + (remarks_on_repeats(count_unreachable(log, split.test), n_targets) if filter_seen else [])
+
+
+def remarks_on_repeats(unreachable, n_targets):
+    """Return how many targets filter-seen makes impossible, as a line, if any; with the option where there are many."""
+    if not unreachable:
+        return []
+    line = (
+        f"{unreachable:,} of {n_targets:,} targets are items the user had before: with --filter-seen they cannot be hit"
+    )
+    many = unreachable > MANY_REPEATS * n_targets
+    return [f"{line} and count as misses" + "; where people buy again, use --no-filter-seen" * many]
 
 
 def count_cold(log, split):

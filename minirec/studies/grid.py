@@ -23,7 +23,7 @@ import numpy as np
 
 from minirec import backend, files
 from minirec.attention import known_weightings
-from minirec.data.describe import count_cold, count_unreachable
+from minirec.data.describe import remarks_on_targets
 from minirec.data.log import filter_log
 from minirec.data.split import training_windows
 from minirec.decompose import decompose
@@ -131,12 +131,8 @@ def prepare(name, log, options, read, say):
     counts = f"{len(log.users):,} users, {len(log.items):,} items, {len(log.sequence):,} interactions"
     sizes = f"the last {model.max_length} items, dropout {model.dropout}, {epochs} epochs at most"
     say(f"{name}: {counts}; {n_users:,} test users; {sizes}")
-    if cold := count_cold(log, split):
-        say(f"{cold:,} of {n_users:,} test targets are items that training never saw (cold)")
-    if settings["training"]["filter_seen"] and (unreachable := count_unreachable(log, split.test)):
-        line = f"{unreachable:,} of {n_users:,} targets are items the user had before: with --filter-seen they cannot "
-        many = unreachable > results.MANY_MISSES * n_users
-        say(line + "be hit and count as misses" + "; where people buy again, use --no-filter-seen" * many)
+    for line in remarks_on_targets(log, split, settings["training"]["filter_seen"]):
+        say(line)
     return Dataset(name, log, settings)
 
 
