@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -95,6 +96,9 @@ def test_a_log_with_times_is_kept_with_them(tmp_path):
     model = minirec.fit(log, folder=tmp_path / "run", split="temporal", **QUIET)
     assert minirec.load(tmp_path / "run").evaluate() == model.evaluate()
     np.testing.assert_array_equal(minirec.load(tmp_path / "run").log.times, log.times)
+    later = replace(log, times=log.times + np.arange(len(log.times)))  # in the same order, but split elsewhere
+    with pytest.raises(UserError, match="was trained with log"):
+        minirec.fit(later, folder=tmp_path / "run", split="temporal", resume=True, **QUIET)
 
 
 @pytest.mark.parametrize("damage", ["sequence", "offsets", "users"])

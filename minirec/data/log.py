@@ -48,6 +48,8 @@ class Log:
         """Return a fingerprint of the content, for logs that have no file."""
         digest = hashlib.sha256("\0".join([*self.users, "", *self.items]).encode())
         digest.update(self.offsets.astype("<i8").tobytes() + self.sequence.astype("<i4").tobytes())
+        if self.times is not None:  # a temporal split depends on them, not on their order alone
+            digest.update(self.times.astype(self.times.dtype.newbyteorder("<")).tobytes())
         return digest.hexdigest()
 
     @staticmethod

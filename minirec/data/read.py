@@ -311,8 +311,10 @@ def _objects(lines):
 
 def _parquet(path):
     """Return the _Table of a Parquet file, or None where it is none."""
-    with contextlib.suppress(OSError):
-        if not os.path.isfile(path) or open(path, "rb").read(4) != b"PAR1":
+    if not os.path.isfile(path):
+        return None
+    with contextlib.suppress(OSError), open(path, "rb") as file:
+        if file.read(4) != b"PAR1":
             return None
     try:
         import pandas

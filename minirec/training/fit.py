@@ -206,7 +206,7 @@ def silent(length):
 class Model:
     """A trained model: what the pure functions need, and their results at hand.
 
-    with_attention and log have no cost until they are used. Remarks on what was left out are warnings.
+    What is left out of a log or a history, because the model does not know it, is told in a warning.
     """
 
     config: Config

@@ -273,7 +273,7 @@ def load_settings(folder):
     except (KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{folder / 'config.json'}: not a run's settings ({error})") from None
     except UserError as error:
-        raise UserError(f"{folder / 'config.json'}: {error}") from None
+        raise UserError(f"{folder / 'config.json'}: not a run's settings ({error})") from None
     return settings
 
 
@@ -282,7 +282,7 @@ def check_settings(settings):
     for part, rules in SETTINGS.items():
         for name, rule in rules.items():
             if not rule(settings[part].get(name)):
-                raise UserError(f"not a run's settings ({part} {name}: {settings[part].get(name)!r:.80})")
+                raise UserError(f"{name} cannot be {settings[part].get(name)!r:.80}")
 
 
 def model_config(settings):
