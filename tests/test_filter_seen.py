@@ -223,7 +223,7 @@ def test_states_of_runs_that_say_nothing_of_it_keep_their_fingerprint():
 def test_a_choice_that_is_none_is_refused(trained_runs, tmp_path, value):
     shutil.copytree(trained_runs[True][0], tmp_path / "run")
     rewrite(tmp_path / "run", filter_seen=value)
-    with pytest.raises(UserError, match="not a run's settings .training filter_seen"):
+    with pytest.raises(UserError, match="not a run's settings .filter_seen cannot be"):
         runs.load_settings(tmp_path / "run")
 
 

@@ -116,11 +116,9 @@ def remarks_on_repeats(unreachable, n_targets):
     """Return how many targets filter-seen makes impossible, as a line, if any; with the option where there are many."""
     if not unreachable:
         return []
-    line = (
-        f"{unreachable:,} of {n_targets:,} targets are items the user had before: with --filter-seen they cannot be hit"
-    )
-    many = unreachable > MANY_REPEATS * n_targets
-    return [f"{line} and count as misses" + "; where people buy again, use --no-filter-seen" * many]
+    line = f"{unreachable:,} of {n_targets:,} targets are items the user had before: "
+    line += "with --filter-seen they cannot be hit and count as misses"
+    return [line + "; where people buy again, use --no-filter-seen" * (unreachable > MANY_REPEATS * n_targets)]
 
 
 def count_cold(log, split):
