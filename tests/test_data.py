@@ -376,6 +376,7 @@ def test_malformed_logs_are_refused_naming_file_and_line(tmp_path, content, mess
     assert result.exit_code == 1 and isinstance(result.exception, SystemExit), result.exception
     assert result.stdout == "" and len(result.stderr.splitlines()) == 1 and result.stderr.isprintable() <= 1
     assert re.match(f"Error: {re.escape(str(path))}(:|,) ?.*(?:{message})", result.stderr), result.stderr
+    assert ("damaged zip" in result.stderr) == (b"PK" in content and "damaged zip" in message)
     assert list(tmp_path.iterdir()) == [path] and path.read_bytes() == content
 
 

@@ -162,6 +162,8 @@ def _lines(path, progress):
                     if progress:
                         progress(file.tell() - told)
                     unlooked, told = 0, file.tell()
+    except UserError:  # which is a ValueError too
+        raise
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise UserError(f"{path}: damaged gzip file after line {number} ({error}); fetch it again") from None
     except (zipfile.BadZipFile, RuntimeError, NotImplementedError, ValueError, OverflowError, struct.error) as error:
