@@ -35,11 +35,13 @@ class Plan(NamedTuple):
     gradient_buffers: int  # gradient vectors that may be filled at the same time
     micro_batch_tokens: int  # about so many tokens go through the model at a time
     bucket_scores: int | None  # a micro-batch of more padded scores gets 3 buckets, else 1; None: one for each length
-    loss_bytes: int  # the size of one chunk of logits
+    loss_bytes: int  # a chunk of logits is made as large as this, or of
+    loss_rows: int  # so many rows, whichever is more
 
 
-CPU_PLAN = Plan(gradient_buffers=4, micro_batch_tokens=1000, bucket_scores=None, loss_bytes=4 << 20)
-GPU_PLAN = Plan(gradient_buffers=1, micro_batch_tokens=1 << 18, bucket_scores=1 << 23, loss_bytes=1 << 30)
+CPU_PLAN = Plan(gradient_buffers=4, micro_batch_tokens=1000, bucket_scores=None, loss_bytes=4 << 20, loss_rows=128)
+GPU_PLAN = Plan(gradient_buffers=1, micro_batch_tokens=1 << 18, bucket_scores=1 << 23, loss_bytes=1 << 30, loss_rows=1)
+LARGEST_CHUNK = 64 << 20  # bytes that loss_rows may ask for
 
 
 def plan(xp):
@@ -48,8 +50,13 @@ def plan(xp):
 
 
 def chunk_rows(xp, n_columns, itemsize):
-    """Return how many rows of [rows, n_columns] logits or scores, of itemsize bytes a number, to make at a time."""
-    return max(16, plan(xp).loss_bytes // (n_columns * itemsize))
+    """Return how many rows of [rows, n_columns] logits or scores, of itemsize bytes a number, to make at a time.
+
+    A small chunk stays in the cache. But every chunk reads the embeddings of all items, and the loss adds to the
+    gradients of all, so where items are many, more rows have to share this.
+    """
+    row_bytes, p = n_columns * itemsize, plan(xp)
+    return max(16, p.loss_bytes // row_bytes, min(p.loss_rows, LARGEST_CHUNK // row_bytes))
 
 
 def spans(starts, lengths):

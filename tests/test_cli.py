@@ -385,7 +385,7 @@ def plain_recommendations(parameters, config, log, user):
 
 def test_an_export_holds_each_users_best_unseen_items_and_no_others(ragged, tmp_path, monkeypatch):
     folder, _ = ragged
-    monkeypatch.setattr(packing, "CPU_PLAN", packing.CPU_PLAN._replace(loss_bytes=1))  # 16, 16 and 1 users
+    monkeypatch.setattr(packing, "CPU_PLAN", packing.CPU_PLAN._replace(loss_bytes=1, loss_rows=1))  # 16, 16 and 1 users
     said = invoke("recommend", folder, "--all", "--top", 5, "--out", tmp_path / "all.csv").stderr
     assert said.endswith("all.csv: 32 users\n") and b"\r" not in (tmp_path / "all.csv").read_bytes()
     parameters, config, log = opened(folder)

@@ -21,7 +21,7 @@ def example(rng):
 
 @pytest.mark.parametrize("loss_bytes", [1, 4 << 20])  # chunks of 16, 16 and 1 rows, of all rows
 def test_value_and_gradients(example, loss_bytes, monkeypatch):
-    monkeypatch.setattr(packing, "CPU_PLAN", packing.CPU_PLAN._replace(loss_bytes=loss_bytes))
+    monkeypatch.setattr(packing, "CPU_PLAN", packing.CPU_PLAN._replace(loss_bytes=loss_bytes, loss_rows=1))
     x, items, targets, scale = example
     d_items = np.zeros_like(items)
     loss, d_x = cross_entropy(x, items, targets, scale, d_items)

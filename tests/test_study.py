@@ -278,7 +278,7 @@ def test_every_history_and_every_seed_has_an_order_of_its_own():
 
 @pytest.mark.parametrize("loss_bytes", [1, 4 << 20])  # chunks of 16, 16 and 1 users, of all
 def test_baselines_equal_counting_by_hand(rng, loss_bytes, monkeypatch):
-    monkeypatch.setattr(packing, "CPU_PLAN", packing.CPU_PLAN._replace(loss_bytes=loss_bytes))
+    monkeypatch.setattr(packing, "CPU_PLAN", packing.CPU_PLAN._replace(loss_bytes=loss_bytes, loss_rows=1))
     sequences = [rng.integers(12, size=rng.integers(3, 9)).tolist() for _ in range(33)]
     log = log_of(sequences)
     split = leave_one_out(log)
