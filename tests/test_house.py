@@ -236,7 +236,7 @@ def test_every_command_that_our_texts_quote_is_one_that_the_command_line_takes(m
 
 
 def test_wherever_mpiexec_is_named_the_option_for_more_processes_than_cores_is_named_too(monkeypatch):
-    texts = [command.help for command in main.commands.values()] + [(ROOT / "README.md").read_text()]
+    texts = [command.help for command in main.commands.values()] + [(ROOT / name).read_text() for name in TEXTS]
     naming = [text for text in texts if "mpiexec -n" in text]
     assert len(naming) == 3 and all("mpiexec --oversubscribe" in text for text in naming)
 
