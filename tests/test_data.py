@@ -248,7 +248,7 @@ def malformed_files():
         ("HDF5", b"\x89HDF\r\n\x1a\n" + bytes(40), "binary"),
         ("SQLite", b"SQLite format 3\0" + bytes(40), "binary"),
         ("PDF", b"%PDF-1.7\n%\xe2\xe3\xcf\xd3\n", "binary"),
-        ("PNG", b"\x89PNG\r\n\x1a\n\x00\x00", "line 1: byte 1 is not UTF-8"),
+        ("PNG", b"\x89PNG\r\n\x1a\n\x00\x00", "line 2: control character U\\+001A"),
         ("ELF", b"\x7fELF\x02\x01\x01" + bytes(40), "control character U\\+007F"),
         ("JSON", b'{"user": "u1", "item": "a"}\n{"user": "u1", "item": "b"\n', "line 2: not one JSON object"),
         ("JSON, a list", b'[{"user": "u1"}]', "one JSON list; in Python:.*read_json"),
@@ -276,11 +276,20 @@ def malformed_files():
         ("latin-1", "caf\xe9"), ("cp1252", "it\u2019s"), ("shift-jis", "\u6a5f"), ("euc-kr", "\uae30"),
         ("gbk", "\u4e2d"),
     ):  # fmt: skip
-        yield encoding, f"user,item\nu1,a\nu1,{text}\n".encode(encoding), "line 3: byte \\d is not UTF-8"
+        yield (
+            encoding,
+            f"user,item\nu1,a\nu1,{text}\n".encode(encoding),
+            "line 3: item id .* not UTF-8.* iconv",
+        )
     for name, content in (
         ("cut", b"\xe2\x82"), ("overlong", b"\xc0\xaf"), ("surrogate", b"\xed\xa0\x80"), ("lone", b"\x80"),
     ):  # fmt: skip
-        yield f"UTF-8, {name}", b"u1 a b c\nu2 x" + content + b" a\n", "line 2: byte 5 is not UTF-8"
+        yield f"UTF-8, {name}", b"u1 a b c\nu2 x" + content + b" a\n", "line 2: item id .* not UTF-8"
+    yield (
+        "JSON, Latin-1",
+        '{"user": "u1", "item": "caf\xe9"}\n'.encode("latin-1"),
+        "line 1: not one JSON object.* in UTF-8",
+    )
     for code in (0, 1, 7, 8, 11, 12, 13, 14, 26, 27, 31, 127, 128, 133, 155, 159):
         yield f"U+{code:04X}", f"u1 a b c\nu2 a{chr(code)}b c\n".encode(), f"line 2: control character U\\+{code:04X}"
         yield (

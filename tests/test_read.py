@@ -440,6 +440,20 @@ def test_the_dialects_of_tables_are_read(write, content):
     assert any("2 comment lines" in remark for remark in log.remarks) == content.startswith("#")
 
 
+def test_what_is_no_utf8_or_a_control_character_does_no_harm_where_no_id_is_read(write):
+    path = write(table("user item note time", lambda u, i, t: (u, i, "caf\xe9 \x85", seconds(t))), "\t")
+    path.write_bytes(path.read_text(encoding="utf-8").replace("\x85", "").encode("latin-1"))
+    assert histories(read_log(path)) == RIGHT
+    path.write_bytes(path.read_bytes().replace(b"note", b"n\xf6te"))
+    assert "(not used: n\\xf6te)" in read_log(path).read_as
+    long = "".join(f"u,i{n},caf\xe9 \x01,{n}\n" for n in range(read.SAMPLE, read.SAMPLE + 9)).encode("latin-1")
+    rows = "".join(f"{'uv'[n % 2]},i{n},x,{n}\n" for n in range(read.SAMPLE))
+    assert len(read_log(write(f"user,item,note,time\n{rows}".encode() + long)).items) == read.SAMPLE + 9
+    for bad in ("caf\xe9", "a\x01b", "a\x85b"):
+        with pytest.raises(UserError, match=f"line {read.SAMPLE + 2}: item id .* (UTF-8|control character) in it"):
+            read_log(write(f"user,item,note,time\n{rows}u,{bad},x,5\n".encode("latin-1")))
+
+
 @pytest.mark.parametrize("dump", [json.dumps, repr, lambda row: repr(row).replace("'", "u'", 1)])
 def test_lines_of_json_and_of_python_literals_are_read_and_nothing_is_evaluated(write, dump):
     def record(user, item, when):

@@ -20,13 +20,14 @@ from minirec.cli.common import (
     one_line,
     progress,
     reading,
+    remark,
     say,
     say_json,
 )
 from minirec.data import public as cataloguing
 from minirec.data.describe import MANY_REPEATS
 from minirec.data.describe import describe as describe_log
-from minirec.data.log import k_core
+from minirec.data.log import filter_log
 from minirec.data.read import read_log
 from minirec.errors import UserError
 from minirec.studies import grid as studying
@@ -56,18 +57,23 @@ def fetch(name, out):
     entry = entries[name]
     say(f"{entry.title}, {entry.page}; licence: {entry.licence}")
     try:
-        path, before = cataloguing.fetch(entry, out, progress, lambda text: say(one_line(text)))
+        path, log = cataloguing.fetch(entry, out, progress, lambda text: say(one_line(text)))
     except KeyboardInterrupt:
         say("\nstopped; the same command goes on from here")
         raise click.exceptions.Exit(INTERRUPTED) from None
-    say(f"{path} is there already; remove it to fetch it again" if before else f"wrote {path}")
-    with reading(path) as update:
-        log = read_log(path, format="csv", progress=update)
+    if log:
+        say(f"wrote {path}: {entry.file}, read as {log.read_as}")
+    else:
+        with reading(path) as update:
+            log = read_log(path, progress=update)
+        say(f"{path} is there already, read as {log.read_as}; remove it to fetch it again")
+    remark(log, path)
     click.echo(counts_line(log, entry.counts))
     core = ""
     if entry.k_core:
-        core = f" --k-core {entry.k_core['k']}"
-        click.echo(f"with{core}: {counts_line(k_core(log, entry.k_core['k']), entry.k_core)}")
+        core = f" --k-core {entry.k_core['k']}" + " --drop-repeats" * entry.k_core.get("drop_repeats", False)
+        filtered = filter_log(log, entry.k_core["k"], entry.k_core.get("drop_repeats", False))
+        click.echo(f"with{core}: {counts_line(filtered, entry.k_core)}")
     path = shlex.quote(str(path))
     say(f"next: python cli.py describe {path}{core}; python cli.py study --data {path}{core}")
 
@@ -90,7 +96,7 @@ def catalogue_table(entries):
     yield f"{'NAME':<20}{'users':>10}{'items':>11}{'interactions':>14}{'download':>11}  licence"
     for entry in entries:
         cells = [f"{entry.counts[what]:,}" if entry.counts else "-" for what in ("users", "items", "interactions")]
-        size = f"{'' if entry.bytes else '<'}{entry.at_most_bytes / 1e6:,.0f} MB" if entry.url else "by hand"
+        size = f"<{math.ceil(entry.at_most_bytes / 1e6):,} MB" if entry.url else "by hand"
         yield f"{entry.name:<20}{cells[0]:>10}{cells[1]:>11}{cells[2]:>14}{size:>11}  {entry.licence}"
 
 

@@ -14,7 +14,7 @@ import numpy as np
 from minirec.data.times import Times, as_text
 from minirec.errors import UserError
 
-CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")  # and what is not UTF-8
+CONTROL = re.compile(r"[\x00-\x08\x0a-\x1f\x7f-\x9f\ud800-\udfff]")  # and what is not UTF-8; a tab is a blank
 MAX_ID_BYTES = 256
 ROWS_AT_A_TIME = 1 << 16  # whose times are read together
 SHORTEST_SPLIT = 3  # interactions: a target for test, one for validation, and something before them
@@ -83,8 +83,10 @@ class _Numbers(dict):
     """Numbers names 0, 1, 2, ... in order of first appearance; raises ValueError for what is no name."""
 
     def __missing__(self, name):
-        if CONTROL.search(name) or "\n" in name:
-            raise ValueError(f"id {name[:60]!r} has a line break or a control character in it")
+        if match := CONTROL.search(name):
+            what = "bytes that are not UTF-8" if match[0] > "\ud7ff" else "a line break or a control character"
+            remedy = "; from Latin-1: iconv -f LATIN1 -t UTF-8 FILE > NEW" if match[0] > "\ud7ff" else ""
+            raise ValueError(f"id {name[:60]!r} has {what} in it{remedy}")
         if len(name) * 4 > MAX_ID_BYTES and len(name.encode()) > MAX_ID_BYTES:
             raise ValueError(f"id of {len(name.encode())} bytes: at most {MAX_ID_BYTES} are accepted")
         number = self[name] = len(self)

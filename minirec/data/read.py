@@ -27,7 +27,7 @@ from operator import itemgetter
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from minirec.data.log import CONTROL, MISSING, collect, texts_of
+from minirec.data.log import MISSING, collect, texts_of
 from minirec.data.times import day_with_clock, kind_of_times
 from minirec.errors import UserError
 
@@ -44,6 +44,7 @@ USERS, ITEMS, TIMES = (
     for role in ("user", "item", "time")
 )
 LIKE_TIMES = re.compile(r"(.*[^A-Za-z])?(at|ts)|.*[a-z]At|(?i:.*(time|date).*)")
+BINARY = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 CHUNK_BYTES = 1 << 22  # read at a time
 SAMPLE = 200  # lines that tell what a file is
 MAX_LINE = 1 << 24  # characters
@@ -51,14 +52,14 @@ MAX_OBJECT = 1 << 20  # characters of a line that is parsed as JSON or as a Pyth
 MAX_EXPANSION, EXPANSION_FROM = 100, 1 << 28  # of a compressed file; text that shrinks to a hundredth is no log
 
 
-def read_log(path, columns=None, format=None, time_format=None, ties="file", progress=None, to_split=True):
+def read_log(path, columns=None, format=None, time_format=None, ties="file", progress=None, to_split=True, member=None):
     """Read an interaction log.
 
     path: a file; columns: "user,item,time" or a list: names, or positions from 1; the time, and a time of day after
     it, may be left out; None = recognise them; format: one of FORMATS, None = recognise it; time_format: how
     datetime.strptime reads the times; ties: "file" keeps the file's order among a user's equal times, "shuffle" draws
     one, with a fixed seed; progress: called with the number of bytes read since its last call; to_split: refuse a log
-    of one user, or of which nothing can be held out.
+    of one user, or of which nothing can be held out; member: which one of a zip archive, where it has several.
     Returns a Log. Raises UserError, naming file and line, for anything that is not such a log.
     """
     if isinstance(columns, str):
@@ -67,7 +68,7 @@ def read_log(path, columns=None, format=None, time_format=None, ties="file", pro
     if columns and not 2 <= len(set(columns)) == len(columns) <= 4:
         raise UserError(f"--columns {','.join(columns)}: expected two or three different names, USER,ITEM[,TIME]")
     csv.field_size_limit(MAX_LINE)
-    table = _parquet(path) or _text(_Lines(path, progress), columns, format)
+    table = _parquet(path) or _text(_Lines(path, progress, member), columns, format)
     try:
         places, remarks = _choose(table, columns)
     except UserError as error:
@@ -106,9 +107,9 @@ class _Lines:
     Blank lines, comments and a sep= line at its head are left out. number: that of the line given last, from 1.
     """
 
-    def __init__(self, path, progress):
+    def __init__(self, path, progress, member):
         self.path, self.number, self.delimiter, self.remarks = path, 0, None, []
-        lines, n_comments = _lines(path, progress), 0
+        lines, n_comments = _lines(path, progress, member), 0
         for line in lines:
             separator = None if self.delimiter else SEPARATOR.fullmatch(line)
             if line.strip() and line[0] not in "#%" and not separator:
@@ -120,6 +121,10 @@ class _Lines:
         if n_comments:
             self.remarks.append(f"{n_comments:,} comment lines at its head, which begin with # or %, are left out")
         self.head = [line, *itertools.islice(lines, SAMPLE - 1)]
+        for number, line in enumerate(self.head, self.number + 1):
+            if match := BINARY.search(line):
+                wrong = f"control character U+{ord(match[0]):04X} at character {match.start() + 1}: is it text?"
+                self.fail(wrong, number)
         self.all = itertools.chain(self.head, lines)
 
     def __iter__(self):
@@ -131,14 +136,14 @@ class _Lines:
         raise UserError(f"{self.path}, line {number or self.number}: {message}")
 
 
-def _lines(path, progress):
-    """Yield the lines of a file; refuse what is not UTF-8 text."""
+def _lines(path, progress, member):
+    """Yield the lines of a file, bytes that are no UTF-8 as lone surrogates, which no id may hold."""
     number, unlooked, told = 0, 0, 0
     try:
         if os.path.exists(path) and not os.path.isfile(path) and not os.path.isdir(path):
             raise UserError(f"{path}: not a regular file; save the log to one")
         with open(path, "rb") as file:
-            stream = io.BufferedReader(_unpacked(path, file), CHUNK_BYTES)
+            stream = io.BufferedReader(_unpacked(path, file, member), CHUNK_BYTES)
             head = stream.peek()
             for pattern, what in KNOWN["not"].items():
                 if re.match(pattern, head[:4096].decode("latin-1")):
@@ -147,15 +152,9 @@ def _lines(path, progress):
             text = io.TextIOWrapper(stream, "utf-8-sig", "surrogateescape", end)
             while line := text.readline(MAX_LINE):
                 number, unlooked = number + 1, unlooked + len(line)
-                wrong = f"longer than {MAX_LINE:,} characters: is it text?" if len(line) == MAX_LINE else None
-                line = line.rstrip("\r\n") + "\n"
-                if match := CONTROL.search(line):
-                    wrong = f"control character U+{ord(match[0]):04X} at character {match.start() + 1}: is it text?"
-                    if match[0] > "\x9f":  # a byte that is no character
-                        wrong = f"byte {match.start() + 1} is not UTF-8 text; from Latin-1: iconv -f LATIN1 -t UTF-8"
-                if wrong:
-                    raise UserError(f"{path}, line {number}: {wrong}")
-                yield line
+                if len(line) == MAX_LINE:
+                    raise UserError(f"{path}, line {number}: longer than {MAX_LINE:,} characters: is it text?")
+                yield line.rstrip("\r\n") + "\n"
                 if unlooked > CHUNK_BYTES:
                     if stream.tell() > max(EXPANSION_FROM, MAX_EXPANSION * file.tell()):
                         raise UserError(f"{path}: grows more than {MAX_EXPANSION}-fold when unzipped: is it a log?")
@@ -172,8 +171,8 @@ def _lines(path, progress):
         raise UserError(f"{path}: cannot be read ({error.strerror or error})") from None
 
 
-def _unpacked(path, file):
-    """Return the bytes of a file as a stream: of the one member of a zip archive, of a gzip file, or as they are."""
+def _unpacked(path, file, member):
+    """Return the bytes of a file as a stream: of a member of a zip archive, of a gzip file, or as they are."""
     head = file.peek(4)[:4]
     if head != b"PK\x03\x04":
         return gzip.GzipFile(fileobj=file) if head[:2] == b"\x1f\x8b" else file
@@ -184,9 +183,11 @@ def _unpacked(path, file):
             f"{path}: an Excel workbook"
             + "; in Python: frame = pandas.read_excel('FILE'); frame.to_csv('log.csv', index=False)"
         )
-    if len(names) != 1:
+    if member is not None and member not in names:
+        raise UserError(f"{path}: a zip archive that holds no {member}")
+    if member is None and len(names) != 1:
         raise UserError(f"{path}: a zip archive of {len(names)} files; unzip it and choose one")
-    return archive.open(names[0])
+    return archive.open(member or names[0])
 
 
 # Lines into rows
@@ -282,9 +283,10 @@ def _objects(lines):
 
     def record(line, number):
         try:
+            line.encode()  # or it is no UTF-8
             fields = parse(line[:MAX_OBJECT].strip()).items()
         except (ValueError, SyntaxError, AttributeError, TypeError, RecursionError, MemoryError):
-            lines.fail("not one JSON object, or one Python literal, a line", number)
+            lines.fail("not one JSON object, or one Python literal, a line, in UTF-8", number)
         return {str(name): "" if field is None else field for name, field in fields}
 
     def rows(places):
@@ -339,7 +341,8 @@ def _parquet(path):
 
 def _name(field):
     """Return the name of a column without the type that RecBole gives it, as in user_id:token."""
-    return re.sub(r":\w+$", "", field.strip())
+    name = field.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+    return re.sub(r":\w+$", "", name.strip())
 
 
 def _plain(name):
