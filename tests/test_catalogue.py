@@ -4,6 +4,7 @@ import base64
 import gzip
 import hashlib
 import io
+import json
 import re
 import struct
 import threading
@@ -509,6 +510,18 @@ FEW_ROWS = {  # a publisher's file, as it begins, and what is made of it
     "yelp": (b'{"review_id":"r","user_id":"u,1","business_id":"b","text":"a\\nb","date":"2018-07-07 22:09:11"}\n'
              * 3 + b'{"review_id":"r","user_id":"v","business_id":"b","text":"","date":"2018-07-07 22:09:12"}\n',
              [*['"u,1",b,1531001351'] * 3, "v,b,1531001352"]),
+    "yoochoose": (b"1,2014-04-07T10:51:09.277Z,214536502,0\n1,2014-04-07T10:54:09.868Z,214536500,0\n"
+                  b"1,2014-04-07T10:54:46.998Z,214536506,0\n2,2014-04-07T13:56:37.614Z,214662742,S\n",
+                  ["1,214536502,1396867869277000000", "1,214536500,1396868049868000000",
+                   "1,214536506,1396868086998000000", "2,214662742,1396878997614000000"]),
+    "diginetica": (b"sessionId;userId;itemId;timeframe;eventdate\n1;NA;81766;526309;2016-05-09\n"
+                   b"1;NA;31331;1031018;2016-05-09\n1;NA;32118;243569;2016-05-09\n2;9;81766;86400001;2016-05-10\n",
+                   ["1,32118,1462752243569000000", "1,81766,1462752526309000000", "1,31331,1462753031018000000",
+                    "2,81766,1462924800001000000"]),
+    "beeradvocate": (b"brewery_id,brewery_name,review_time,review_overall,review_profilename,beer_name,beer_beerid\n"
+                     b'10325,"Vecchio, B.",1234817823,1.5,otto,Sausa,47986\n1,x,1235915097,3,otto,Red,48213\n'
+                     b"1,x,1235916604,3,,Horse,48215\n1,x,1235916605,3,otto,Horse,48215\n1,x,1,3,ann,Red,48213\n",
+                     ["otto,47986,1234817823", "otto,48213,1235915097", "otto,48215,1235916605", "ann,48213,1"]),
 }  # fmt: skip
 
 
@@ -516,6 +529,19 @@ FEW_ROWS = {  # a publisher's file, as it begins, and what is made of it
 def test_publishers_files_are_converted_by_the_reader(tmp_path, name):
     content, rows = FEW_ROWS[name]
     assert converted(tmp_path, content, name) == rows
+
+
+def test_the_lines_of_python_in_the_readme_make_a_log_of_ottos_sessions(tmp_path, monkeypatch):
+    (code,) = re.findall("```python\n(import csv.*?)```", (ROOT / "datasets/README.md").read_text(), re.DOTALL)
+    events = [{"aid": aid, "ts": 1661200010000 + 10000 * n, "type": "clicks"} for n, aid in enumerate([0, 1, 2, 2])]
+    sessions = [{"session": 42, "events": events}, {"session": 43, "events": events[::-1]}]
+    (tmp_path / "otto-recsys-train.jsonl").write_text("\n".join(map(json.dumps, sessions)))
+    (tmp_path / "datasets").mkdir()
+    monkeypatch.chdir(tmp_path)
+    exec(code, {})  # our own words
+    entry = read_catalogue(catalogue.CATALOGUE)["otto"]
+    _, log = fetch(entry, tmp_path / "datasets", no_progress, print)
+    assert log.users == ["42", "43"] and [log.items[i] for i in log.history(1)] == ["0", "1", "2", "2"]
 
 
 def test_times_between_seconds_are_kept(tmp_path):
@@ -549,6 +575,11 @@ def test_the_catalogue_is_whole():
         assert not entry.url or (len(entry.sha256) == 64 and entry.sha256_from)
         for published in filter(None, (entry.counts, entry.k_core)):
             assert {"users", "items", "interactions", "from"} <= set(published)
+        assert not entry.by_hand or entry.file in entry.by_hand
+    assert {  # the paper's
+        "amazon-beauty", "amazon-sports", "amazon-toys", "gowalla", "ml-20m", "ml-1m", "otto", "steam", "yoochoose",
+        "lastfm", "diginetica", "beeradvocate", "foursquare-nyc", "yelp",
+    } <= set(entries)  # fmt: skip
 
 
 @pytest.mark.parametrize(

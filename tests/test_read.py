@@ -215,6 +215,19 @@ def test_a_day_and_a_time_of_day_are_joined_and_a_time_that_is_not_clear_is_refu
         assert histories(read_log(path, names)) == RIGHT
 
 
+def test_a_day_and_milliseconds_since_it_began_are_joined_aloud(write):
+    def row(user, item, when):
+        return user, item, f"{when:%Y-%m-%d}", (when.hour * 3600 + when.minute * 60 + when.second) * 1000
+
+    rows = table("user item day since", row)
+    log = read_log(write(rows), "user,item,day,since")
+    assert histories(log) == RIGHT and sorted(log.times // 10**9) == sorted(seconds(t) for _, _, t in ROWS)
+    assert "since is taken as milliseconds after day" in log.remarks
+    rows[2] = (*rows[2][:2], "May", 5)
+    with pytest.raises(UserError, match="line 3: timestamp 'May .*' is not"):
+        read_log(write(rows), "user,item,day,since")
+
+
 def test_columns_of_times_that_are_not_taken_are_named(write):
     path = write(table("user item created_at updated_at", lambda u, i, t: (u, i, seconds(t), seconds(t) + 5)))
     log = read_log(path)

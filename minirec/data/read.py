@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from minirec.data.log import MISSING, collect, texts_of
-from minirec.data.times import day_with_clock, kind_of_times
+from minirec.data.times import day_joined_with, kind_of_times
 from minirec.errors import UserError
 
 FORMATS = ("lines", "pairs", "inter", "csv", "json")
@@ -80,7 +80,9 @@ def read_log(path, columns=None, format=None, time_format=None, ties="file", pro
     if len(places) == 2:
         rows = ((*row, "") for row in rows)
     elif len(places) == 4:
-        rows = ((number, user, item, day_with_clock(day, clock)) for number, user, item, day, clock in rows)
+        join, is_milliseconds = day_joined_with(_values(table.sample, places[3]))
+        rows = ((number, user, item, join(day.strip(), clock.strip())) for number, user, item, day, clock in rows)
+        remarks += [f"{names[3]} is taken as milliseconds after {names[2]}"] if is_milliseconds else []
     log = collect(rows, names[:3], path, read_as, table.unit, time_format, ties, to_split)
     log.remarks[:0] = [*table.remarks, *remarks]
     return log

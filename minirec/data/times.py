@@ -6,7 +6,7 @@ read, so the whole column decides whether 03/04/2019 is in March or in April; wh
 
 import contextlib
 import re
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 
 import numpy as np
 
@@ -20,7 +20,7 @@ EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 MONTHS = "jan feb mar apr may jun jul aug sep oct nov dec".split()
 WEEKDAY, YEAR, YY = r"([A-Za-z]{3,9},? )?", r"(?P<y>\d{4})", r"(?P<y>\d{4}|\d\d)"
 MONTH, DAY = r"(?P<m>\d{1,2}|[A-Za-z]{3,9})\.?", r"(?P<d>\d{1,2})"
-CLOCK = r"(?P<H>\d{1,2}):(?P<M>\d\d)(:(?P<S>\d\d)([.,](?P<f>\d+))?)?( ?(?P<p>[AaPp])\.?[Mm]\.?)?"
+CLOCK = r"(?P<H>[01]?\d|2[0-3]):(?P<M>[0-5]\d)(:(?P<S>[0-5]\d)([.,](?P<f>\d+))?)?( ?(?P<p>[AaPp])\.?[Mm]\.?)?"
 ZONE = r" ?(?P<z>Z|UTC|GMT|[+-]\d\d(:?\d\d)?)?"
 REST = rf"((T|,? +|:){CLOCK}{ZONE})?"
 PATTERNS = {  # besides numbers; a name tells the order in which the numbers of a text come, as strptime has it
@@ -95,11 +95,25 @@ def kind_of_times(texts):
     return "moment" if name == "number" and any(recent) else "number"
 
 
-def day_with_clock(day, clock):
-    """Return a day and a time of day, such as 9:42, 0942 or 94200, as one text."""
-    if clock.isdigit():
-        clock = re.sub(r"(\d\d)(?=\d)", r"\1:", clock.zfill(4 if len(clock) < 5 else 6))
-    return f"{day} {clock}"
+def day_joined_with(clocks):
+    """Return what makes one text of a day and a time of day, and whether times of day are milliseconds.
+
+    clocks: a sample of the times of day: 9:42, 0942 or 94200, else milliseconds since the day began, or later.
+    """
+
+    def with_colons(clock):
+        return re.sub(r"(\d\d)(?=\d)", r"\1:", clock.zfill(4 if len(clock) < 5 else 6)) if clock.isdigit() else clock
+
+    if not all(map(str.isdigit, clocks)) or all(CLOCK_ALONE.fullmatch(with_colons(clock)) for clock in clocks):
+        return lambda day, clock: f"{day} {with_colons(clock)}", False
+
+    def join(day, clock):
+        try:
+            return str(datetime.fromisoformat(day) + timedelta(milliseconds=int(clock)))
+        except (ValueError, OverflowError):
+            return f"{day} {clock}"  # which is no time
+
+    return join, True
 
 
 def as_text(moment):
