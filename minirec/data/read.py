@@ -5,29 +5,26 @@
     inter   user_id:token  item_id:token  timestamp:float      RecBole's table, tab-separated
     csv     a table with a header, or --columns 1,2,4; between its fields , ; tab | or ::
     json    one object a line, JSON or a Python literal, which is parsed and never evaluated
-Plain, gzip, or the one member of a zip archive; Parquet through pandas. What is not clearly one of them is refused,
-with the words to type.
+Plain, gzip, or a member of a zip archive; Parquet through pandas. What is not clearly one of them is refused, with the
+words to type.
 """
 
 import ast
 import contextlib
 import csv
-import difflib
 import gzip
 import io
 import itertools
 import json
 import os
 import re
-import struct
 import zipfile
-import zlib
 from functools import partial
 from operator import itemgetter
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from minirec.data.log import MISSING, collect, texts_of
+from minirec.data.log import MISSING, collect, located, texts_of
 from minirec.data.times import day_joined_with, kind_of_times
 from minirec.errors import UserError
 
@@ -37,6 +34,7 @@ DELIMITERS = {"\t": "tab", "::": "::", ";": "semicolon", "|": "|", ",": "comma",
 NO_WORDS = re.compile(r"\t|,|::|:token|:float|\s\S*(:|\b\d{4}-\d\d-\d\d)\S*")  # what `lines` and `pairs` do not hold
 WORD = re.compile(r"[^ \t\n]+")
 SEPARATOR = re.compile(r"\s*\"?sep=(.)\"?\s*")  # the first line of what Excel writes
+RULE = re.compile(r"[-+|=:;,\s]*")  # a line that is empty, or drawn, as psql and MySQL do
 KNOWN = json.loads(Path(__file__).with_name("known.json").read_text(encoding="utf-8"))
 IDS = tuple(KNOWN["ids"].split())
 USERS, ITEMS, TIMES = (
@@ -44,7 +42,6 @@ USERS, ITEMS, TIMES = (
     for role in ("user", "item", "time")
 )
 LIKE_TIMES = re.compile(r"(.*[^A-Za-z])?(at|ts)|.*[a-z]At|(?i:.*(time|date).*)")
-BINARY = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 CHUNK_BYTES = 1 << 22  # read at a time
 SAMPLE = 200  # lines that tell what a file is
 MAX_LINE = 1 << 24  # characters
@@ -68,22 +65,22 @@ def read_log(path, columns=None, format=None, time_format=None, ties="file", pro
     if columns and not 2 <= len(set(columns)) == len(columns) <= 4:
         raise UserError(f"--columns {','.join(columns)}: expected two or three different names, USER,ITEM[,TIME]")
     csv.field_size_limit(MAX_LINE)
-    table = _parquet(path) or _text(_Lines(path, progress, member), columns, format)
-    try:
+    with located(path):
+        table = _parquet(path) or _text(_Lines(path, progress, member), columns, format)
         places, remarks = _choose(table, columns)
-    except UserError as error:
-        raise UserError(f"{path}: {error}") from None
-    names, rest = [table.names[p] for p in places], [n for p, n in enumerate(table.names) if n and p not in places]
-    unused = ", ".join(rest[:12]) + (f" and {len(rest) - 12} more" if len(rest) > 12 else "")
-    read_as = f"{table.read_as}: {', '.join(names)}" + (f" (not used: {unused})" if rest else "")
-    rows = table.rows(places)
-    if len(places) == 2:
-        rows = ((*row, "") for row in rows)
-    elif len(places) == 4:
-        join, is_milliseconds = day_joined_with(_values(table.sample, places[3]))
-        rows = ((number, user, item, join(day.strip(), clock.strip())) for number, user, item, day, clock in rows)
-        remarks += [f"{names[3]} is taken as milliseconds after {names[2]}"] if is_milliseconds else []
-    log = collect(rows, names[:3], path, read_as, table.unit, time_format, ties, to_split)
+        names = [table.names[place] for place in places]
+        unused = [name for place, name in enumerate(table.names) if name and place not in places]
+        more = ["..."] * (len(unused) > 12)
+        read_as = f"{table.read_as}: {', '.join(names)}"
+        read_as += f" (not used: {', '.join([*unused[:12], *more])})" if unused else ""
+        rows = table.rows(places)
+        if len(places) == 2:
+            rows = ((*row, "") for row in rows)
+        elif len(places) == 4:
+            join, is_milliseconds = day_joined_with(_values(table.sample, places[3]))
+            rows = ((number, user, item, join(day.strip(), clock.strip())) for number, user, item, day, clock in rows)
+            remarks += [f"{names[3]} is taken as milliseconds after {names[2]}"] if is_milliseconds else []
+        log = collect(rows, names[:3], read_as, table.unit, time_format, ties, to_split)
     log.remarks[:0] = [*table.remarks, *remarks]
     return log
 
@@ -104,76 +101,71 @@ class _Table(NamedTuple):
 
 
 class _Lines:
-    """The lines of a file, UTF-8 text, each ended by a line feed alone.
+    """The lines of a file that hold something, each ended by a line feed alone.
 
-    Blank lines, comments and a sep= line at its head are left out. number: that of the line given last, from 1.
+    Comments and a sep= line at its head are left out. number: that of the line given last, from 1; head: the first
+    lines and their numbers.
     """
 
     def __init__(self, path, progress, member):
-        self.path, self.number, self.delimiter, self.remarks = path, 0, None, []
-        lines, n_comments = _lines(path, progress, member), 0
+        self.number, self.delimiter, n_comments, lines = 0, None, 0, _decoded(path, progress, member)
         for line in lines:
-            separator = None if self.delimiter else SEPARATOR.fullmatch(line)
-            if line.strip() and line[0] not in "#%" and not separator:
+            separator = SEPARATOR.fullmatch(line)
+            if not (separator or line[0] in "#%" or RULE.fullmatch(line)):
                 break
             self.delimiter = separator[1] if separator else self.delimiter
             self.number, n_comments = self.number + 1, n_comments + (line[0] in "#%")
         else:
-            raise UserError(f"{path}: the file is empty" + " but for comments" * (n_comments > 0))
-        if n_comments:
-            self.remarks.append(f"{n_comments:,} comment lines at its head, which begin with # or %, are left out")
-        self.head = [line, *itertools.islice(lines, SAMPLE - 1)]
-        for number, line in enumerate(self.head, self.number + 1):
-            if match := BINARY.search(line):
-                wrong = f"control character U+{ord(match[0]):04X} at character {match.start() + 1}: is it text?"
-                self.fail(wrong, number)
-        self.all = itertools.chain(self.head, lines)
+            raise UserError("the file is empty" + " but for comments" * (n_comments > 0))
+        self.remarks = [f"{n_comments:,} comment lines at its head, of # or %, are left out"] * (n_comments > 0)
+        head = [line, *itertools.islice(lines, SAMPLE - 1)]
+        self.all = itertools.chain(head, lines)
+        self.head = [(n, line) for n, line in enumerate(head, self.number + 1) if not RULE.fullmatch(line)]
 
     def __iter__(self):
         for line in self.all:
             self.number += 1
-            yield line
+            if line[0] not in "-+|=:;, \t\n" or not RULE.fullmatch(line):
+                yield line
 
     def fail(self, message, number=None):
-        raise UserError(f"{self.path}, line {number or self.number}: {message}")
+        raise UserError(f"line {number or self.number}: {message}")
 
 
-def _lines(path, progress, member):
+def _decoded(path, progress, member):
     """Yield the lines of a file, bytes that are no UTF-8 as lone surrogates, which no id may hold."""
     number, unlooked, told = 0, 0, 0
     try:
         if os.path.exists(path) and not os.path.isfile(path) and not os.path.isdir(path):
-            raise UserError(f"{path}: not a regular file; save the log to one")
+            raise UserError("not a regular file; save the log to one")
         with open(path, "rb") as file:
-            stream = io.BufferedReader(_unpacked(path, file, member), CHUNK_BYTES)
+            stream = io.BufferedReader(_unpacked(file, member), CHUNK_BYTES)
             head = stream.peek()
             for pattern, what in KNOWN["not"].items():
                 if re.match(pattern, head[:4096].decode("latin-1")):
-                    raise UserError(f"{path}: {what}")
+                    raise UserError(what)
             end = "\r" if b"\r" in head[:-1] and b"\n" not in head else "\n"  # as text from an old Mac
             text = io.TextIOWrapper(stream, "utf-8-sig", "surrogateescape", end)
             while line := text.readline(MAX_LINE):
                 number, unlooked = number + 1, unlooked + len(line)
                 if len(line) == MAX_LINE:
-                    raise UserError(f"{path}, line {number}: longer than {MAX_LINE:,} characters: is it text?")
+                    raise UserError(f"line {number}: longer than {MAX_LINE:,} characters: is it text?")
                 yield line.rstrip("\r\n") + "\n"
                 if unlooked > CHUNK_BYTES:
                     if stream.tell() > max(EXPANSION_FROM, MAX_EXPANSION * file.tell()):
-                        raise UserError(f"{path}: grows more than {MAX_EXPANSION}-fold when unzipped: is it a log?")
+                        raise UserError(f"grows more than {MAX_EXPANSION}-fold when unzipped: is it a log?")
                     if progress:
                         progress(file.tell() - told)
                     unlooked, told = 0, file.tell()
     except UserError:  # which is a ValueError too
         raise
-    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise UserError(f"{path}: damaged gzip file after line {number} ({error}); fetch it again") from None
-    except (zipfile.BadZipFile, RuntimeError, NotImplementedError, ValueError, OverflowError, struct.error) as error:
-        raise UserError(f"{path}: damaged zip archive after line {number} ({error}); fetch it again") from None
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror or error})") from None
+    except Exception as error:  # of many kinds, where a gzip or zip file is cut, altered, encrypted or oddly packed
+        if isinstance(error, OSError) and error.errno:
+            raise UserError(f"cannot be read ({error.strerror})") from None
+        raise UserError(f"damaged gzip or zip file after line {number} ({error}); fetch it again") from None
 
 
-def _unpacked(path, file, member):
+def _unpacked(file, member):
     """Return the bytes of a file as a stream: of a member of a zip archive, of a gzip file, or as they are."""
     head = file.peek(4)[:4]
     if head != b"PK\x03\x04":
@@ -181,15 +173,12 @@ def _unpacked(path, file, member):
     archive = zipfile.ZipFile(file)
     names = [name for name in archive.namelist() if not name.endswith("/") and not name.startswith("__MACOSX")]
     if {"xl/workbook.xml", "[Content_Types].xml"} & set(names):
-        raise UserError(
-            f"{path}: an Excel workbook"
-            + "; in Python: frame = pandas.read_excel('FILE'); frame.to_csv('log.csv', index=False)"
-        )
-    if member is not None and member not in names:
-        raise UserError(f"{path}: a zip archive that holds no {member}")
-    if member is None and len(names) != 1:
-        raise UserError(f"{path}: a zip archive of {len(names)} files; unzip it and choose one")
-    return archive.open(member or names[0])
+        raise UserError(KNOWN["excel"])
+    names = [name for name in names if member in (None, name)]
+    if len(names) != 1:
+        held = f"that holds no {member}" if member else f"of {len(names)} files; unzip it and choose one"
+        raise UserError(f"a zip archive {held}")
+    return archive.open(names[0])
 
 
 # Lines into rows
@@ -197,28 +186,32 @@ def _unpacked(path, file, member):
 
 def _text(lines, columns, format):
     """Return the _Table of lines of text."""
-    first, best = lines.head[0], ()
+    first = lines.head[0][1]
     if format == "json" or format is None and first.lstrip().startswith("{"):
         return _objects(lines)
-    delimiters = [lines.delimiter] if lines.delimiter else ["\t"] if format == "inter" else DELIMITERS
-    for delimiter in delimiters if format not in ("lines", "pairs") else ():
-        sample = []
-        with contextlib.suppress(csv.Error):  # of a row that goes on behind the sample
-            sample.extend(row for row in _split(lines.head, delimiter) if any(map(str.strip, row)))
-        width = len(sample[0]) if sample else 0
-        header = width > 1 and _is_header(sample, columns)
-        known, even = header and len(_known(sample[0])) == 2, all(0 <= len(row) - width <= 1 for row in sample)
-        table = known or even or delimiter in ("\t", "::", ",")  # which no line of words holds
-        if width > 1 and (not best and (known or columns and even) if delimiter == " " else table):
-            best = max(best, (known, even, width, delimiter, header, sample))
-    if not best:
-        return _words(lines, columns, format)
-    *_, width, delimiter, header, sample = best
-    names = sample[0] if header else [f"column {n + 1}" for n in range(width)]
+    delimiters = [lines.delimiter] if lines.delimiter else DELIMITERS
+    tables = [_table(lines, delimiter, columns) for delimiter in delimiters if format not in ("lines", "pairs")]
+    found = max(filter(None, tables), default=None, key=itemgetter(0))
+    return found[1] if found else _words(lines, columns, format)
+
+
+def _table(lines, delimiter, columns):
+    """Return how clearly lines are a table with this delimiter, and the _Table; None where they are none."""
+    sample = []
+    with contextlib.suppress(csv.Error):  # of a row that goes on behind the sample
+        sample.extend(_split((line for _, line in lines.head), delimiter))
+    width = len(sample[0]) if sample else 0
+    header = width > 1 and _is_header(sample, columns)
+    known, even = header and len(_known(sample[0])) == 2, all(0 <= len(row) - width <= 1 for row in sample)
+    blank = delimiter == " "  # of which words may be made too
+    if width < 2 or not (known or (columns and even if blank else even or delimiter in ("\t", "::", ","))):
+        return None
+    names = map(_name, sample[0]) if header else [f"column {n + 1}" for n in range(width)]
     rows = partial(_rows, lines, delimiter, width, sample[0] if header else None)
-    inter = delimiter == "\t" and (format == "inter" or ":token" in first)
+    inter = delimiter == "\t" and any(":token" in field for field in sample[0])
     read_as = "inter" if inter else f"csv ({DELIMITERS.get(delimiter, delimiter)})"
-    return _Table(list(map(_name, names)), header, sample[header:], rows, read_as, lines.remarks)
+    clarity = (not blank, known, even, width)
+    return clarity, _Table(list(names), header, sample[header:], rows, read_as, lines.remarks)
 
 
 def _rows(lines, delimiter, width, header, places):
@@ -227,12 +220,10 @@ def _rows(lines, delimiter, width, header, places):
     try:
         for row in itertools.islice(rows, header is not None, None):
             if len(row) != width and (len(row) != width + 1 or row[-1]):  # more: behind a trailing delimiter
-                if any(map(str.strip, row)):
-                    lines.fail(f"{len(row)} fields where the first line has {width}")
-            elif row == header:
+                lines.fail(f"{len(row)} fields where the first line has {width}; delete the line where it is no row")
+            if row == header:
                 lines.fail("the header again: were two files joined? Delete this line")
-            elif any(row):  # spreadsheets leave empty ones
-                yield lines.number, *pick(row)
+            yield lines.number, *pick(row)
     except csv.Error as error:
         lines.fail(f"not valid CSV ({error}); check its quotes")
 
@@ -252,67 +243,73 @@ def _split(lines, delimiter):
 def _words(lines, columns, format):
     """Return the _Table of lines or pairs. Both are `user item ...`; they differ in what may not be: in lines a user
     comes once, in pairs a line has two words."""
-    n_words = [len(WORD.findall(line)) for line in lines.head]
+    n_words = [len(WORD.findall(line)) for _, line in lines.head]
     if columns or n_words[0] < 2 or format in ("inter", "csv"):
         which = f"no columns {', '.join(columns)}" if columns else "expected `user item item ...`, or a header"
-        lines.fail(f"{which}; found {_shown(lines.head[0].strip())}; --columns and --format tell", lines.number + 1)
-    for number, line in enumerate(lines.head if format is None else (), lines.number + 1):
+        lines.fail(f"{which}; found {_shown(lines.head[0][1].strip())}; --columns and --format tell", lines.head[0][0])
+    for number, line in lines.head if format is None else ():
         if mark := NO_WORDS.search(line.strip()):
-            lines.fail(
-                f"{_shown(mark[0].strip())} in a line of words: a table? Name its --columns; else --format lines",
-                number,
-            )
-    if format == "pairs" or format is None and set(n_words) <= {0, 2}:
+            how = "in a line of words: a table? Name its --columns; else --format lines"
+            lines.fail(f"{_shown(mark[0].strip())} {how}", number)
+    if format == "pairs" or format is None and set(n_words) == {2}:
         return _Table(["user", "item"], True, [], partial(_rows, lines, " ", 2, None), "pairs", lines.remarks)
 
     def rows(places):
         users = set()
-        for line in lines:
-            user, *items = WORD.findall(line) or [""]
+        for user, *items in map(WORD.findall, lines):
             if user in users:
                 lines.fail(f"user {_shown(user)} has a line already; a table? Name its --columns, as in 1,2,3")
-            if user:
-                users.add(user)
-                yield from ((lines.number, user, item) for item in items or [""])  # "": a user without an item
+            users.add(user)
+            yield from ((lines.number, user, item) for item in items or [""])  # "": a user without an item
 
     return _Table(["user", "item"], True, [], rows, "lines", lines.remarks)
 
 
 def _objects(lines):
-    """Return the _Table of lines that are objects, JSON or Python literals."""
-    literal = re.match(r"\s*\{\s*u?'", lines.head[0])
+    """Return the _Table of lines that are objects, JSON or Python literals.
+
+    What is nested stands beside the rest, {"user": {"id": 5}} as user.id. Where the items are in a list of objects, as
+    in {"session": 5, "events": [{"item": 7}, ...]}, each of these is a row.
+    """
+    literal = re.match(r"\s*\{\s*u?'", lines.head[0][1])
     parse = ast.literal_eval if literal else partial(json.loads, parse_int=str, parse_float=str)
 
-    def record(line, number):
+    def records(line, many=None, number=None):
         try:
             line.encode()  # or it is no UTF-8
-            fields = parse(line[:MAX_OBJECT].strip()).items()
+            fields = _flat(parse(line[:MAX_OBJECT].strip()))
+            return [fields | _flat(part) for part in fields.pop(many) or ()] if many in fields else [fields]
         except (ValueError, SyntaxError, AttributeError, TypeError, RecursionError, MemoryError):
             lines.fail("not one JSON object, or one Python literal, a line, in UTF-8", number)
-        return {str(name): "" if field is None else field for name, field in fields}
 
     def rows(places):
+        chosen = [names[place] for place in places]
         for line in lines:
-            if line.strip():
-                fields = record(line, lines.number)
-                texts = (str(fields.get(names[place], "")) for place in places)
-                yield lines.number, *(text if text.isprintable() else repr(text)[1:-1] for text in texts)  # as written
+            for fields in records(line, many if set(chosen) & set(parts) else None):
+                values = [fields.get(name, "") for name in chosen]
+                if list in map(type, values):
+                    lines.fail(f"a list in {', '.join(chosen)}; give a log of one interaction a row")
+                yield lines.number, *(v if v.isprintable() else repr(v)[1:-1] for v in map(str, values))  # as written
 
-    head = [record(line, n) for n, line in enumerate(lines.head, lines.number + 1) if line.strip()]
-    nested = {name: field for one in head for name, field in one.items() if isinstance(field, (dict, list))}
-    names = list(dict.fromkeys(name for one in head for name in one if name not in nested))
-    lists = [name for name, field in nested.items() if isinstance(field, list) and isinstance((field or [0])[0], dict)]
-    if lists and len(_known(names)) < 2:
-        parts = list(nested[lists[0]][0])
-        parts = [parts[_known(parts).get("item", 0)], *[part for part in parts if _plain(part) in TIMES][:1]]
-        fields = ", ".join([f"s[{(names or ['user'])[0]!r}]", *(f"e[{part!r}]" for part in parts)])
-        raise UserError(
-            f"{lines.path}: {lists[0]!r} holds lists, which are no table; in Python: rows = [({fields}) for s in "
-            f"map({'ast.literal_eval' if literal else 'json.loads'}, open('FILE')) for e in s[{lists[0]!r}]]; "
-            "log = minirec.Log.from_columns(*zip(*rows))"
-        )
+    many, parts = None, {}
+    head = [fields for number, line in lines.head for fields in records(line, None, number)]
+    lists = [(name, field) for one in head for name, field in one.items() if isinstance(field, list)]
+    nested = {name: field[0] for name, field in lists if field and isinstance(field[0], dict)}
+    if len(nested) == 1 and len(_known(head[0])) < 2:
+        many, parts = next((name, _flat(part)) for name, part in nested.items())
+        head = [fields for number, line in lines.head for fields in records(line, many, number)][:SAMPLE]
+    names = list(dict.fromkeys(name for one in head for name in one if name not in dict(lists)))
     sample = [[str(one.get(name, "")) for name in names] for one in head]
     return _Table(names, True, sample, rows, "Python literals" if literal else "JSON lines", lines.remarks)
+
+
+def _flat(fields, prefix=""):
+    """Return nested dicts as one, with dotted names; {"id": {"$oid": "7f"}}, as MongoDB has it, is {"id": "7f"}."""
+    flat = {}
+    for name, field in fields.items():
+        name = prefix[:-1] if str(name).startswith("$") else f"{prefix}{name}"
+        flat |= _flat(field, f"{name}.") if isinstance(field, dict) else {name: "" if field is None else field}
+    return flat
 
 
 def _parquet(path):
@@ -327,9 +324,9 @@ def _parquet(path):
 
         frame = pandas.read_parquet(path)
     except ImportError:
-        raise UserError(f"{path}: a Parquet file needs pandas and pyarrow: pip install 'minirec[tables]'") from None
+        raise UserError("a Parquet file needs pandas and pyarrow: pip install 'minirec[tables]'") from None
     except Exception as error:  # of many kinds, by what reads it
-        raise UserError(f"{path}: cannot be read as Parquet ({str(error).split(chr(10))[0]})") from None
+        raise UserError(f"cannot be read as Parquet ({str(error).split(chr(10))[0]})") from None
 
     def rows(places, n=None):
         return zip(itertools.count(1), *(texts_of(frame.iloc[:n, place]) for place in places), strict=False)
@@ -397,12 +394,9 @@ def _choose(table, columns):
         _refuse(f"a table with no header, whose first row is {fields}", *(place + 1 for place in first))
     elif len(known) < 2:
         first = [names[known[role]] if role in known else role.upper() for role in ("user", "item")]
-        _refuse(
-            f"no user and item columns are known in the header {_shown(', '.join(names), 300)}",
-            *first,
-            *map(names.__getitem__, times[:1]),
-        )
-    elif lists := [name for name in names if _plain(name).endswith("list") and _plain(name)[:-4] in ITEMS]:
+        first += [names[place] for place in times[:1]]
+        _refuse(f"no user and item columns are known in the header {_shown(', '.join(names), 300)}", *first)
+    elif lists := [names[p] for p, word in enumerate(plain) if word.endswith("list") and word[:-4] in ITEMS]:
         raise UserError(f"{lists[0]!r} holds lists of items; give a log of one interaction a row")
     else:
         places = [known["user"], known["item"]]
@@ -424,9 +418,7 @@ def _asked(table, columns):
     places = {str(place + 1): place for place in range(len(table.names))}
     places, columns = places | {name: place for place, name in enumerate(table.names)}, list(map(_name, columns))
     if wrong := [column for column in columns if column not in places]:
-        near = difflib.get_close_matches(wrong[0], table.names, 1, 0.4) if table.header else ()
-        hint = "".join(f"; did you mean {name!r}?" for name in near)
-        raise UserError(f"no columns {', '.join(wrong)} among {_shown(', '.join(table.names), 300)}{hint}")
+        raise UserError(f"no columns {', '.join(wrong)} among {_shown(', '.join(table.names), 300)}")
     return [places[column] for column in columns]
 
 
@@ -445,7 +437,6 @@ def _time_places(names, plain, kinds, taken):
     if held == {"clock"}:
         raise UserError(f"{shown} holds times of day without a day; --columns names another column")
     if len(held) > 1 or len({plain[place] for place in best}) > 1:
-        _refuse(
-            f"{shown} may each be the time (a day and a time of day are joined)", *(names[p] for p in [*taken, pool[0]])
-        )
+        taken = [names[place] for place in [*taken, pool[0]]]
+        _refuse(f"{shown} may each be the time (a day and a time of day are joined)", *taken)
     return best[:1]

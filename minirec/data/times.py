@@ -51,7 +51,10 @@ class Times:
     def add(self, texts):
         """Add texts; return None, or where one cannot be read its place among them and what is wrong."""
         self.first = self.first or texts[0]
-        read = {name: times for name, way in self.ways.items() if (times := _read(way, texts)) is not None}
+        read = {}
+        for name, way in self.ways.items():
+            with contextlib.suppress(ValueError, OverflowError):
+                read[name] = way(texts)
         if read:
             self.ways = {name: self.ways[name] for name in read}
             self.parts = {name: [*self.parts[name], times] for name, times in read.items()}
@@ -121,21 +124,12 @@ def as_text(moment):
     return str(np.datetime64(int(moment) // SECOND, "s")).replace("T", " ")
 
 
-def _read(way, texts):
-    """Return texts, read in one of WAYS, as an array [n], or None where one cannot be read so."""
-    try:
-        return way(texts)
-    except (ValueError, OverflowError):
-        return None
-
-
 def _numbers(texts):
     if "_" in "".join(texts):  # which Python allows within a number
         raise ValueError
-    try:
+    with contextlib.suppress(ValueError, OverflowError):
         return np.array([int(text.removesuffix(".0")) for text in texts], np.int64)
-    except (ValueError, OverflowError):
-        numbers = np.array(list(map(float, texts)))
+    numbers = np.array(list(map(float, texts)))
     if not np.isfinite(numbers).all():
         raise ValueError
     return numbers
