@@ -456,7 +456,7 @@ def test_a_hostile_archive_with_other_members_gives_its_one_member(tmp_path):
     [
         (gzip.compress(b"1\t1\t5\t9\n" * 10**6), "grows more than 100-fold"),
         (gzip.compress(bytes(10**8)), "longer than 16,777,216 characters|control character"),
-        (gzip.compress(gzip.compress(ROWS)), "line 1: no columns"),
+        (gzip.compress(gzip.compress(ROWS)), "compressed twice"),
         (gzip.compress(ROWS)[:-300], "damaged gzip or zip file after line"),
     ],
 )
@@ -491,7 +491,7 @@ FEW_ROWS = {  # a publisher's file, as it begins, and what is made of it
               ["1,1193,978300760", "1,3,978301968", "1,661,978302109", "2,1,978298413"]),
     "ml-20m": (b"userId,movieId,rating,timestamp\n1,2,3.5,1112486027\n1,3,3,1112486028\n1,4,3,1112486029\n2,2,1,9e8\n",
                ["1,2,1112486027", "1,3,1112486028", "1,4,1112486029", "2,2,900000000"]),
-    "amazon-beauty": (b"A3,0205616461,5.0,1369699200\nA3,B001,4.0,1369699200\nA3,B000,4.0,1355443200\nA4,B0,5,1e9\n",
+    "amazon-beauty": (b"A3,0205616461,5.0,1369699200\nA3,B001,4,1369699200\nA3,B000,4,1355443200\nA4,B0,5,1000000000\n",
                       ["A3,B000,1355443200", "A3,0205616461,1369699200", "A3,B001,1369699200", "A4,B0,1000000000"]),
     "gowalla": (b"0\t2010-10-19T23:55:27Z\t30.2\t-97.7\t22847\n0\t2010-10-18T22:17:43Z\t30.2\t-97.7\t420315\n"
                 b"0\t2010-10-17T23:42:03Z\t30.2\t-97.7\t316637\n1\t2010-10-17T19:26:05Z\t30.2\t-97.7\t16516\n",

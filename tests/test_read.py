@@ -29,7 +29,14 @@ MINUTES = [
 ]
 ROWS = [(user, item, START + timedelta(minutes=minutes)) for user, item, minutes in MINUTES]
 RIGHT = {"7": ["32", "31", "30"], "8": ["30", "32"], "9": ["31"]}
-HEADERS = {",": "csv (comma)", "\t": "csv (tab)", ";": "csv (semicolon)", "|": "csv (|)", "::": "csv (::)"}
+HEADERS = {
+    "\x01": "csv (Ctrl-A)",
+    ",": "csv (comma)",
+    "\t": "csv (tab)",
+    ";": "csv (semicolon)",
+    "|": "csv (|)",
+    "::": "csv (::)",
+}
 
 
 def histories(log):
@@ -153,6 +160,30 @@ def test_a_table_between_blanks_is_read_by_its_known_names_or_by_positions(write
     assert histories(read_log(path, "1,2,4")) == RIGHT
 
 
+@pytest.mark.parametrize("title", ["Sales of 2019", "1:", "1488844", "@relation log"])
+def test_a_title_and_the_head_of_a_block_are_named(write, title):
+    path = write(title + "\n" + "\n".join(f"{u},{i},{seconds(t)}" for u, i, t in ROWS))
+    with pytest.raises(UserError, match=f"line 1: '{title}' stands above rows such as '7,31,.*': delete a title"):
+        read_log(path)
+
+
+@pytest.mark.parametrize("delimiter", [",", "\t", " "])
+def test_row_names_without_a_name_and_lines_that_are_no_rows_are_refused(write, delimiter):
+    rows = table("user_id item_id time", lambda u, i, t: (u, i, seconds(t)))
+    path = write([rows[0], *((f'"{n}"', *row) for n, row in enumerate(rows[1:], 1))], delimiter)
+    with pytest.raises(UserError, match="line 2: 4 fields where the first line has 3: .* row.names=FALSE"):
+        read_log(path)
+    path = write([*rows, ["6rows"]], delimiter)
+    with pytest.raises(UserError, match="line 8: 1 fields where the first line has 3: delete it where it is no row"):
+        read_log(path)
+
+
+def test_a_table_that_is_drawn_with_blanks_is_read(write):
+    rows = [("user_id", "item_id", "ts"), ("-------", "-------", "---"), *((u, i, seconds(t)) for u, i, t in ROWS)]
+    log = read_log(write("".join(f"{u:<10} {i:>10}  {t:<12}\n" for u, i, t in rows)))
+    assert histories(log) == RIGHT and log.read_as.startswith("csv (blank): user_id, item_id, ts;")
+
+
 # Rule 4: columns by name
 
 
@@ -179,12 +210,17 @@ COLUMNS = [  # header, what stands in it for user, item and time
     ("account_no track_id listenedAt", "{u} {i} {t}"),
     ("user_id video_id date hourmin time_ms", "{u} {i} 20190925 0815 {t}000"),
     ("Lineitem-sku Customer-ID Paid-at", "{i} {u} {t}"),
+    ("event_date event_timestamp user_pseudo_id item_id", "20190925 {t}000000 {u} {i}"),
+    ("user_id session_id session_start click_article_id click_timestamp", "{u} s 1506825423 {i} {t}000"),
+    ("TRANSACTION_DT CUSTOMER_ID PRODUCT_SUBCLASS PRODUCT_ID", "{iso} {u} 5 {i}"),
+    ("USER_ID ITEM_ID EVENT_TS", "{u} {i} {iso}"),
+    ("user_id item_id dt", "{u} {i} {iso}"),
 ]
 
 
 @pytest.mark.parametrize("header, row", COLUMNS, ids=[header for header, _ in COLUMNS])
 def test_the_names_that_public_logs_use_are_known_and_the_right_ones_are_taken(write, header, row):
-    rows = table(header, lambda u, i, t: row.format(u=u, i=i, t=seconds(t)).split())
+    rows = table(header, lambda u, i, t: row.format(u=u, i=i, t=seconds(t), iso=t.isoformat()).split())
     log = read_log(write(rows, "\t"))
     assert histories(log) == RIGHT and log.dated
 
@@ -323,6 +359,10 @@ WAYS = {
     "ctime": lambda t: f"{t:%a %b %d %H:%M:%S +0000 %Y}",
     "HTTP": lambda t: f"{t:%a, %d %b %Y %H:%M:%S GMT}",
     "a web server's": lambda t: f"{t:%d/%b/%Y:%H:%M:%S} +0000",
+    "SAS": lambda t: f"{t:%d%b%Y:%H:%M:%S}".upper(),
+    "Stata": lambda t: f"{t:%d%b%Y %H:%M:%S}".lower(),
+    "Java": lambda t: f"{t.isoformat()}[Etc/UTC]",
+    "a number with an exponent": lambda t: f"{seconds(t):.9e}",
 }
 
 
@@ -379,6 +419,10 @@ def moments(log):
         (["2019-25-03", "2019-22-04"], "line 2: timestamp '2019-25-03' is not a number or a date"),
         (["25.03", "22.04"], "look like a day and a month without a year"),
         (["2019-10-03", "0001-01-01"], "line 3: timestamp '0001-01-01'"),
+        (
+            ["1569411221", "1.57E+09"],
+            "line 3: timestamp '1.57E\\+09' is rounded, as spreadsheets do; export it in full",
+        ),
         (["yesterday", "today"], "line 2: timestamp 'yesterday' is not a number or a date; --time-format"),
     ],
 )
@@ -400,6 +444,8 @@ def test_ids_are_text_as_written_without_the_blanks_around_them(write):
     log = read_log(write("user, item, time\n 007, a b , 1\n 7 ,a b, 2\n007, 1.0, 3\n007 , 1,4\n"))
     assert histories(log) == {"007": ["a b", "1.0", "1"], "7": ["a b"]}
     assert "item holds both '1' and '1.0', which count as two" in log.remarks
+    log = read_log(write("user,item,time\n1.2346E+11,a,1\n1.2346E+11,b,2\n1.2346E+11,c,3\n2,a,1\n"))
+    assert "user holds '1.2346E+11', rounded, as spreadsheets do: several may have become one" in log.remarks
 
 
 @pytest.mark.parametrize("step, word", [(1, "ascend"), (-1, "descend")])
@@ -508,6 +554,15 @@ def test_objects_within_objects_and_lists_of_them_are_read(write, dump, events, 
     ]
     path = write("\n".join(map(dump, [{"session": "0", events: []}, *sessions, {"session": "1", events: []}])))
     assert histories(read_log(path, ["session", item, when])) == histories(read_log(path)) == RIGHT
+
+
+def test_a_list_of_objects_that_an_event_is_about_is_taken_by_name_alone(write):
+    rows = [{"userId": u, "id": i, "time": seconds(t), "about": [{"item": "x"}, {"item": "y"}]} for u, i, t in ROWS]
+    path = write("\n".join(map(json.dumps, rows)))
+    with pytest.raises(UserError, match="header 'userId, id, time, about.item'"):
+        read_log(path)
+    assert histories(read_log(path, "userId,id,time")) == RIGHT
+    assert histories(read_log(path, "userId,about.item,time"))["9"] == ["x", "y"]
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from minirec.data.times import Times, as_text
+from minirec.data.times import ROUNDED, Times, as_text
 from minirec.errors import UserError
 
 CONTROL = re.compile(r"[\x00-\x08\x0a-\x1f\x7f-\x9f\ud800-\udfff]")  # and what is not UTF-8; a tab is a blank
@@ -145,6 +145,8 @@ def collect(rows, columns, read_as, unit="line", time_format=None, ties="file", 
             left_out[f"{column} but -1"], keep = (int((~named).sum()), []), keep & named
         if alike := next((name for name in names if name.endswith(".0") and name[:-2] in names), None):
             remarks.append(f"{column} holds both {alike[:-2]!r} and {alike!r}, which count as two")
+        if rounded := next(filter(ROUNDED.fullmatch, names), None):
+            remarks.append(f"{column} holds {rounded!r}, rounded, as spreadsheets do: several may have become one")
     for column, (count, shown) in left_out.items():
         if 2 * count > n_rows:
             raise UserError(f"{count:,} of {n_rows:,} rows have no {column}; name another column by --columns")

@@ -3,7 +3,7 @@
     lines   user item item ...      one line a user, oldest item first, blanks between
     pairs   user item               one line an interaction, oldest first within a user
     inter   user_id:token  item_id:token  timestamp:float      RecBole's table, tab-separated
-    csv     a table with a header, or --columns 1,2,4; between its fields , ; tab | or ::
+    csv     a table with a header, or --columns 1,2,4; between its fields , ; tab | :: or Ctrl-A, as Hive writes it
     json    one object a line, JSON or a Python literal, which is parsed and never evaluated
 Plain, gzip, or a member of a zip archive; Parquet through pandas. What is not clearly one of them is refused, with the
 words to type.
@@ -30,7 +30,7 @@ from minirec.errors import UserError
 
 FORMATS = ("lines", "pairs", "inter", "csv", "json")
 TIES = ("file", "shuffle")
-DELIMITERS = {"\t": "tab", "::": "::", ";": "semicolon", "|": "|", ",": "comma", " ": "blank"}
+DELIMITERS = {"\t": "tab", "::": "::", ";": "semicolon", "|": "|", ",": "comma", "\x01": "Ctrl-A", " ": "blank"}
 NO_WORDS = re.compile(r"\t|,|::|:token|:float|\s\S*(:|\b\d{4}-\d\d-\d\d)\S*")  # what `lines` and `pairs` do not hold
 WORD = re.compile(r"[^ \t\n]+")
 SEPARATOR = re.compile(r"\s*\"?sep=(.)\"?\s*")  # the first line of what Excel writes
@@ -41,7 +41,7 @@ USERS, ITEMS, TIMES = (
     [name.replace("#", end) for name in KNOWN[role].split() for end in (IDS if "#" in name else ("",))]
     for role in ("user", "item", "time")
 )
-LIKE_TIMES = re.compile(r"(.*[^A-Za-z])?(at|ts)|.*[a-z]At|(?i:.*(time|date).*)")
+LIKE_TIMES = re.compile(r".*[a-z]At|(?i:(.*[^a-z])?(at|ts|dt)|.*(time|date).*)")
 CHUNK_BYTES = 1 << 22  # read at a time
 SAMPLE = 200  # lines that tell what a file is
 MAX_LINE = 1 << 24  # characters
@@ -206,12 +206,12 @@ def _table(lines, delimiter, columns):
     blank = delimiter == " "  # of which words may be made too
     if width < 2 or not (known or (columns and even if blank else even or delimiter in ("\t", "::", ","))):
         return None
-    names = map(_name, sample[0]) if header else [f"column {n + 1}" for n in range(width)]
+    names = list(map(_name, sample[0])) if header else [f"column {n + 1}" for n in range(width)]
     rows = partial(_rows, lines, delimiter, width, sample[0] if header else None)
     inter = delimiter == "\t" and any(":token" in field for field in sample[0])
     read_as = "inter" if inter else f"csv ({DELIMITERS.get(delimiter, delimiter)})"
     clarity = (not blank, known, even, width)
-    return clarity, _Table(list(names), header, sample[header:], rows, read_as, lines.remarks)
+    return clarity, _Table(names, header, sample[header:], rows, read_as, lines.remarks)
 
 
 def _rows(lines, delimiter, width, header, places):
@@ -220,7 +220,8 @@ def _rows(lines, delimiter, width, header, places):
     try:
         for row in itertools.islice(rows, header is not None, None):
             if len(row) != width and (len(row) != width + 1 or row[-1]):  # more: behind a trailing delimiter
-                lines.fail(f"{len(row)} fields where the first line has {width}; delete the line where it is no row")
+                how = "delete it where it is no row; row names need a name, or R's row.names=FALSE"
+                lines.fail(f"{len(row)} fields where the first line has {width}: {how}")
             if row == header:
                 lines.fail("the header again: were two files joined? Delete this line")
             yield lines.number, *pick(row)
@@ -230,12 +231,13 @@ def _rows(lines, delimiter, width, header, places):
 
 def _split(lines, delimiter):
     """Yield lines as lists of fields. Between tabs or :: a quote is a character unless it opens and closes a field."""
-    if delimiter not in ("\t", "::", " "):
+    if delimiter not in ("\t", "::"):
+        lines = map(str.strip, lines) if delimiter == " " else lines
         yield from csv.reader(lines, delimiter=delimiter, skipinitialspace=True, strict=True)
         return
     for line in lines:
-        fields = WORD.findall(line) if delimiter == " " else line[:-1].split(delimiter)
-        if '"' in line and delimiter != " ":
+        fields = line[:-1].split(delimiter)
+        if '"' in line:
             fields = [f[1:-1].replace('""', '"') if len(f) > 1 and f[0] == f[-1] == '"' else f for f in fields]
         yield fields
 
@@ -243,26 +245,30 @@ def _split(lines, delimiter):
 def _words(lines, columns, format):
     """Return the _Table of lines or pairs. Both are `user item ...`; they differ in what may not be: in lines a user
     comes once, in pairs a line has two words."""
-    n_words = [len(WORD.findall(line)) for _, line in lines.head]
-    if columns or n_words[0] < 2 or format in ("inter", "csv"):
+    (number, first), *below = [(number, line.strip()) for number, line in lines.head]
+    marked = [(n, line, mark[0].strip()) for n, line in below if (mark := NO_WORDS.search(line))]
+    if marked and not NO_WORDS.search(first) and format is None:
+        how = "delete a title; what holds for a block of rows belongs into each of them"
+        lines.fail(f"{_shown(first)} stands above rows such as {_shown(marked[0][1])}: {how}", number)
+    if columns or len(WORD.findall(first)) < 2 or format in ("inter", "csv"):
         which = f"no columns {', '.join(columns)}" if columns else "expected `user item item ...`, or a header"
-        lines.fail(f"{which}; found {_shown(lines.head[0][1].strip())}; --columns and --format tell", lines.head[0][0])
-    for number, line in lines.head if format is None else ():
-        if mark := NO_WORDS.search(line.strip()):
-            how = "in a line of words: a table? Name its --columns; else --format lines"
-            lines.fail(f"{_shown(mark[0].strip())} {how}", number)
-    if format == "pairs" or format is None and set(n_words) == {2}:
-        return _Table(["user", "item"], True, [], partial(_rows, lines, " ", 2, None), "pairs", lines.remarks)
+        lines.fail(f"{which}; found {_shown(first)}; --columns and --format tell", number)
+    if format is None and (mark := NO_WORDS.search(first)):
+        how = "in a line of words: a table? Name its --columns; else --format lines"
+        lines.fail(f"{_shown(mark[0].strip())} {how}", number)
+    pairs = format == "pairs" or format is None and all(len(WORD.findall(line)) == 2 for _, line in lines.head)
 
     def rows(places):
         users = set()
         for user, *items in map(WORD.findall, lines):
-            if user in users:
+            if pairs and len(items) != 1:
+                lines.fail(f"{1 + len(items)} fields where the first line has 2")
+            if user in users and not pairs:
                 lines.fail(f"user {_shown(user)} has a line already; a table? Name its --columns, as in 1,2,3")
             users.add(user)
             yield from ((lines.number, user, item) for item in items or [""])  # "": a user without an item
 
-    return _Table(["user", "item"], True, [], rows, "lines", lines.remarks)
+    return _Table(["user", "item"], True, [], rows, "pairs" if pairs else "lines", lines.remarks)
 
 
 def _objects(lines):
@@ -278,7 +284,7 @@ def _objects(lines):
         try:
             line.encode()  # or it is no UTF-8
             fields = _flat(parse(line[:MAX_OBJECT].strip()))
-            return [fields | _flat(part) for part in fields.pop(many) or ()] if many in fields else [fields]
+            return [fields | _flat(part, prefix) for part in fields.pop(many) or ()] if many in fields else [fields]
         except (ValueError, SyntaxError, AttributeError, TypeError, RecursionError, MemoryError):
             lines.fail("not one JSON object, or one Python literal, a line, in UTF-8", number)
 
@@ -291,12 +297,15 @@ def _objects(lines):
                     lines.fail(f"a list in {', '.join(chosen)}; give a log of one interaction a row")
                 yield lines.number, *(v if v.isprintable() else repr(v)[1:-1] for v in map(str, values))  # as written
 
-    many, parts = None, {}
+    many, parts, prefix = None, {}, ""
     head = [fields for number, line in lines.head for fields in records(line, None, number)]
     lists = [(name, field) for one in head for name, field in one.items() if isinstance(field, list)]
     nested = {name: field[0] for name, field in lists if field and isinstance(field[0], dict)}
     if len(nested) == 1 and len(_known(head[0])) < 2:
-        many, parts = next((name, _flat(part)) for name, part in nested.items())
+        ((many, part),) = nested.items()
+        timed, timed_part = (any(_plain(name) in TIMES for name in fields) for fields in (head[0], part))
+        prefix = f"{many}." if timed and not timed_part else ""  # are these the events, or what an event is about?
+        parts = _flat(part, prefix)
         head = [fields for number, line in lines.head for fields in records(line, many, number)][:SAMPLE]
     names = list(dict.fromkeys(name for one in head for name in one if name not in dict(lists)))
     sample = [[str(one.get(name, "")) for name in names] for one in head]

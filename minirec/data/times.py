@@ -21,7 +21,7 @@ MONTHS = "jan feb mar apr may jun jul aug sep oct nov dec".split()
 WEEKDAY, YEAR, YY = r"([A-Za-z]{3,9},? )?", r"(?P<y>\d{4})", r"(?P<y>\d{4}|\d\d)"
 MONTH, DAY = r"(?P<m>\d{1,2}|[A-Za-z]{3,9})\.?", r"(?P<d>\d{1,2})"
 CLOCK = r"(?P<H>[01]?\d|2[0-3]):(?P<M>[0-5]\d)(:(?P<S>[0-5]\d)([.,](?P<f>\d+))?)?( ?(?P<p>[AaPp])\.?[Mm]\.?)?"
-ZONE = r" ?(?P<z>Z|UTC|GMT|[+-]\d\d(:?\d\d)?)?"
+ZONE = r" ?(?P<z>Z|UTC|GMT|[+-]\d\d(:?\d\d)?)?(\[[\w/+-]+\])?"
 REST = rf"((T|,? +|:){CLOCK}{ZONE})?"
 PATTERNS = {  # besides numbers; a name tells the order in which the numbers of a text come, as strptime has it
     "YmdHMS": r"(?P<y>(19|20)\d\d)(?P<m>\d\d)(?P<d>\d\d)((?P<H>\d\d)(?P<M>\d\d)(?P<S>\d\d)?)?",
@@ -29,12 +29,14 @@ PATTERNS = {  # besides numbers; a name tells the order in which the numbers of 
     "ymd": rf"(?P<y>\d\d)(?P<s>[-/])(?P<m>\d\d)(?P=s){DAY}{REST}",
     "dmY": rf"{WEEKDAY}{DAY}(?P<s>[-/. ]){MONTH},?(?P=s){YY}{REST}",
     "mdY": rf"{WEEKDAY}{MONTH}(?P<s>[-/ ]){DAY},?(?P=s){YY}{REST}",
+    "dbY": rf"{DAY}(?P<m>[A-Za-z]{{3}}){YY}{REST}",  # as SAS and Stata write it
     "mdHMSY": rf"{WEEKDAY}{MONTH} +{DAY} {CLOCK}{ZONE} {YEAR}",
     "dm": rf"{DAY}\.(?P<m>\d\d?)",
     "md": rf"(?P<m>\d\d?)\.{DAY}",
 }
 LOST = ("dm", "md")  # their year is, by a spreadsheet: refused
 DEFAULTS = {"y": "2000", "H": "0", "M": "00", "S": "00", "f": "0", "z": ""}  # of what a pattern finds
+ROUNDED = re.compile(r"[1-9](\.\d{0,7})?[eE]\+?(09|9|1\d)")  # to too few digits for a moment, or an id
 MORE_DIGITS = re.compile(r"[.,]\d{7}")  # than Python reads
 CLOCK_ALONE = re.compile(CLOCK)
 
@@ -62,6 +64,8 @@ class Times:
         if len(texts) > 1:
             return next((place, wrong[1]) for place, text in enumerate(texts) if (wrong := self.add([text])))
         like = "a number or a date" if texts[0] == self.first else f"written as {self.first[:60]!r} before it"
+        if ROUNDED.fullmatch(texts[0]):
+            return 0, f"timestamp {texts[0]!r} is rounded, as spreadsheets do; export it in full"
         return 0, f"timestamp {texts[0][:60]!r} is not {like}; --time-format tells how times are written"
 
     def result(self):
@@ -130,7 +134,7 @@ def _numbers(texts):
     with contextlib.suppress(ValueError, OverflowError):
         return np.array([int(text.removesuffix(".0")) for text in texts], np.int64)
     numbers = np.array(list(map(float, texts)))
-    if not np.isfinite(numbers).all():
+    if not np.isfinite(numbers).all() or any(map(ROUNDED.fullmatch, texts)):
         raise ValueError
     return numbers
 
