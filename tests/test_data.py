@@ -66,6 +66,13 @@ WELL_FORMED = {
     "u1|b|2014-05-03 14:00:00.25+02:00\nu1|a|2014-05-03 12:00:00\nu2|a|2014-05-03 00:00:01\n",
     "csv, old Mac": "user,item\ru1,a\ru2,b\ru1,b\ru1,c\ru2,a",
     "csv, blank lines": "\n\nuser,item\n\nu1,a\nu2,b\nu1,b\n   \nu1,c\nu2,a\n\n\n",
+    "csv, drawn": " user | item | time\n------+------+------\n u1 | c | 3\n"
+    " u1 | b | 2\n u2 | b | 0\n u1 | a | 1\n u2 | a | 1\n",
+    "json": "".join(json.dumps({"user": u, "item": i, "time": t}) + "\n" for u, i, t in UNORDERED),
+    "json, Python's": "".join(f"{ {'user': {'id': u}, 'item': i, 'time': t, 'x': [1]} }\n" for u, i, t in UNORDERED),
+    "json, nested": '{"session": "u1", "events": [{"aid": "c", "ts": 3}, {"aid": "a", "ts": 1}, '
+    '{"aid": "b", "ts": 2}]}\n'
+    '{"session": "u2", "events": [{"aid": "b", "ts": 3}, {"aid": "a", "ts": 3}]}\n',
     "inter": "user_id:token\titem_id:token\trating:float\ttimestamp:float\n"
     'u1\tb\t"5\t20\nu1\ta\t3\t10\nu1\tc\t3\t30\nu2\tb\t1\t5\nu2\ta\t1\t5\n',
 }

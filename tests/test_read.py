@@ -297,7 +297,9 @@ def test_lists_of_items_are_no_log_of_interactions(write):
 # Rule 5: rows without a user, an item or a time
 
 
-@pytest.mark.parametrize("nothing", ["", " ", "NA", "N/A", "NaN", "nan", "null", "NULL", "None", "\\N", "<NA>"])
+@pytest.mark.parametrize(
+    "nothing", ["", " ", "-", "(not set)", "NA", "N/A", "NaN", "nan", "null", "NULL", "None", "\\N", "<NA>"]
+)
 @pytest.mark.parametrize("place, column", [(0, "user"), (1, "item"), (2, "time")])
 def test_rows_without_a_value_are_left_out_aloud(write, nothing, place, column):
     rows = table("user item time", lambda u, i, t: (u, i, seconds(t)))
@@ -309,6 +311,13 @@ def test_rows_without_a_value_are_left_out_aloud(write, nothing, place, column):
     rows[2:] = [[*row[:place], nothing, *row[place + 1 :]] for row in rows[2:]]
     with pytest.raises(UserError, match=f"6 of 7 rows have no {column}; name another|no interactions in 7 rows"):
         read_log(write(rows, ";"))
+
+
+def test_a_second_file_that_was_joined_to_a_log_is_no_user(write):
+    rows = "user,item\n" + "".join(f"{u},{i}\n" for u, i, _ in ROWS)
+    for mark, why in (("", "the header again: were two files joined"), ("\ufeff", "user id '.ufeffuser' has a line")):
+        with pytest.raises(UserError, match=f"line 8: {why}"):
+            read_log(write(rows + mark + rows))
 
 
 def test_minus_one_is_nobody_where_all_others_are_positive(write):

@@ -5,7 +5,7 @@ Symbols: U users, V items, n interactions, M test users.
 
 import numpy as np
 
-from minirec.data.log import filter_log, users_of
+from minirec.data.log import count_duplicates, filter_log, ties_in, users_of
 from minirec.data.times import as_text
 from minirec.errors import UserError
 from minirec.packing import spans
@@ -79,21 +79,12 @@ def repeats(log):
     users, n_items = users_of(log), len(log.items)
     same_user = users[1:] == users[:-1]
     immediate = same_user & (log.sequence[1:] == log.sequence[:-1])
-    found = {
+    pairs = np.sort(users * n_items + log.sequence)
+    return {
         "immediate": int(immediate.sum()),
-        "seen_before": _count_twins(users * n_items + log.sequence),
-        "exact_duplicates": None,
+        "seen_before": int((pairs[1:] == pairs[:-1]).sum()),
+        "exact_duplicates": None if log.times is None else count_duplicates(log),
     }
-    if log.times is not None:
-        moments = np.concatenate([[0], np.cumsum(~same_user | (log.times[1:] != log.times[:-1]))])  # [n] user and time
-        found["exact_duplicates"] = _count_twins(moments * n_items + log.sequence)
-    return found
-
-
-def _count_twins(keys):
-    """Count the keys [n] that are there already."""
-    keys = np.sort(keys)
-    return int((keys[1:] == keys[:-1]).sum())
 
 
 def count_unreachable(log, cases):
@@ -131,14 +122,13 @@ def count_cold(log, split):
 def _time(log):
     """Describe a log's times: when it begins and ends, and how well they order it."""
     first, last = log.times.min().item(), log.times.max().item()
-    same_user = np.diff(users_of(log)) == 0
     return {
         "dated": log.dated,
         "first": first,
         "last": last,
         "first_date": as_text(first) if log.dated else None,
         "last_date": as_text(last) if log.dated else None,
-        "ties": int((same_user & (log.times[1:] == log.times[:-1])).sum()),
+        "ties": int(ties_in(log).sum()),
         "reordered": log.reordered,
     }
 

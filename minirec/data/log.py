@@ -15,14 +15,14 @@ import numpy as np
 from minirec.data.times import ROUNDED, Times, as_text
 from minirec.errors import UserError
 
-CONTROL = re.compile(r"[\x00-\x08\x0a-\x1f\x7f-\x9f\ud800-\udfff]")  # and what is not UTF-8; a tab is a blank
+CONTROL = re.compile(r"[\x00-\x08\x0a-\x1f\x7f-\x9f\ud800-\udfff\ufeff]")  # and what is not UTF-8
 NO_UTF8 = "bytes that are not UTF-8 in it; from Latin-1: iconv -f LATIN1 -t UTF-8 FILE > NEW"
 MAX_ID_BYTES = 256
 ROWS_AT_A_TIME = 1 << 16  # whose times are read together
 SHORTEST_SPLIT = 3  # interactions: a target for test, one for validation, and something before them
-WORDS = ("na", "n/a", "#n/a", "<na>", "nan", "nat", "null", "(null)", "none", "undefined")
+WORDS = ("na", "n/a", "#n/a", "<na>", "nan", "nat", "null", "(null)", "none", "undefined", "(not set)")
 MISSING = {form for word in WORDS for form in (word, word.upper(), word.capitalize())}  # how exports write nothing
-MISSING |= {"", "NaN", "NaT", "\\N", "0000-00-00", "0000-00-00 00:00:00"}
+MISSING |= {"", "-", "NaN", "NaT", "\\N", "0000-00-00", "0000-00-00 00:00:00"}
 FEW = 3  # rows that a remark names, and that are kept as they were understood
 MANY_TIES, ONE_DIRECTION, ENOUGH = 0.01, 0.9, 20  # shares, and how many ties tell of a sorting
 
@@ -97,7 +97,7 @@ class _Numbers(dict):
 
     def __missing__(self, name):
         if match := CONTROL.search(name):
-            what = NO_UTF8 if match[0] > "\ud7ff" else "a line break or a control character in it"
+            what = NO_UTF8 if "\ud7ff" < match[0] < "\ufeff" else "a line break or a control character in it"
             raise ValueError(f"id {name[:60]!r} has {what}")
         if len(name) * 4 > MAX_ID_BYTES and len(name.encode()) > MAX_ID_BYTES:
             raise ValueError(f"id of {len(name.encode())} bytes: at most {MAX_ID_BYTES} are accepted")
@@ -183,8 +183,7 @@ def _ordered(users, items, user_of, item_of, times, ties):
 
 def _remarks_on_ties(log, ties):
     """Return what a person may not expect of the order of interactions at equal times, as lines."""
-    tied = log.times[1:] == log.times[:-1]
-    tied[log.offsets[1:-1] - 1] = False  # of two users
+    tied = ties_in(log)
     n, n_tied, remarks = len(log.sequence) - len(log.users), int(tied.sum()), []
     if n_tied > MANY_TIES * n:
         how = "shuffled" if ties == "shuffle" else "they keep the file's order"
@@ -200,11 +199,24 @@ def _remarks_on_ties(log, ties):
                 f"at equal times the items {way} in {most:,} of {up + down:,} cases: that is the file's sorting, "
                 "and a model learns it; --ties shuffle breaks it"
             )
-    among = np.append(False, tied) | np.append(tied, False)
-    keys = np.sort(np.append(0, np.cumsum(~tied))[among] * len(log.items) + log.sequence[among])  # moment and item
-    if twice := int((keys[1:] == keys[:-1]).sum()):
+    if twice := count_duplicates(log):
         remarks.append(f"{twice:,} of {len(log.sequence):,} rows stand there again: the same user, item and time")
     return remarks
+
+
+def ties_in(log):
+    """Return whether an interaction and the next one are of the same user and time, [n - 1]."""
+    tied = log.times[1:] == log.times[:-1]
+    tied[log.offsets[1:-1] - 1] = False  # of two users
+    return tied
+
+
+def count_duplicates(log):
+    """Count the interactions that are there already: the same user, item and time."""
+    tied = ties_in(log)
+    among = np.append(False, tied) | np.append(tied, False)
+    keys = np.sort(np.append(0, np.cumsum(~tied))[among] * len(log.items) + log.sequence[among])  # moment and item
+    return int((keys[1:] == keys[:-1]).sum())
 
 
 # Filtering

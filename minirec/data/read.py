@@ -1,4 +1,4 @@
-"""Files of interactions: what they are, which columns are user, item and time, and their rows.
+"""Files of interactions: what they are, and their rows.
 
     lines   user item item ...      one line a user, oldest item first, blanks between
     pairs   user item               one line an interaction, oldest first within a user
@@ -21,11 +21,11 @@ import re
 import zipfile
 from functools import partial
 from operator import itemgetter
-from pathlib import Path
 from typing import Any, NamedTuple
 
-from minirec.data.log import MISSING, collect, located, texts_of
-from minirec.data.times import day_joined_with, kind_of_times
+from minirec.data.columns import KNOWN, TIMES, choose, clean_name, is_header, known_places, plain_name, shown, values_of
+from minirec.data.log import collect, located, texts_of
+from minirec.data.times import day_joined_with
 from minirec.errors import UserError
 
 FORMATS = ("lines", "pairs", "inter", "csv", "json")
@@ -35,13 +35,6 @@ NO_WORDS = re.compile(r"\t|,|::|:token|:float|\s\S*(:|\b\d{4}-\d\d-\d\d)\S*")  #
 WORD = re.compile(r"[^ \t\n]+")
 SEPARATOR = re.compile(r"\s*\"?sep=(.)\"?\s*")  # the first line of what Excel writes
 RULE = re.compile(r"[-+|=:;,\s]*")  # a line that is empty, or drawn, as psql and MySQL do
-KNOWN = json.loads(Path(__file__).with_name("known.json").read_text(encoding="utf-8"))
-IDS = tuple(KNOWN["ids"].split())
-USERS, ITEMS, TIMES = (
-    [name.replace("#", end) for name in KNOWN[role].split() for end in (IDS if "#" in name else ("",))]
-    for role in ("user", "item", "time")
-)
-LIKE_TIMES = re.compile(r".*[a-z]At|(?i:(.*[^a-z])?(at|ts|dt)|.*(time|date).*)")
 CHUNK_BYTES = 1 << 22  # read at a time
 SAMPLE = 200  # lines that tell what a file is
 MAX_LINE = 1 << 24  # characters
@@ -67,17 +60,16 @@ def read_log(path, columns=None, format=None, time_format=None, ties="file", pro
     csv.field_size_limit(MAX_LINE)
     with located(path):
         table = _parquet(path) or _text(_Lines(path, progress, member), columns, format)
-        places, remarks = _choose(table, columns)
+        places, remarks = choose(table, columns)
         names = [table.names[place] for place in places]
         unused = [name for place, name in enumerate(table.names) if name and place not in places]
-        more = ["..."] * (len(unused) > 12)
-        read_as = f"{table.read_as}: {', '.join(names)}"
-        read_as += f" (not used: {', '.join([*unused[:12], *more])})" if unused else ""
+        unused[12:] = ["..."] * (len(unused) > 12)
+        read_as = f"{table.read_as}: {', '.join(names)}" + f" (not used: {', '.join(unused)})" * bool(unused)
         rows = table.rows(places)
         if len(places) == 2:
             rows = ((*row, "") for row in rows)
         elif len(places) == 4:
-            join, is_milliseconds = day_joined_with(_values(table.sample, places[3]))
+            join, is_milliseconds = day_joined_with(values_of(table.sample, places[3]))
             rows = ((number, user, item, join(day.strip(), clock.strip())) for number, user, item, day, clock in rows)
             remarks += [f"{names[3]} is taken as milliseconds after {names[2]}"] if is_milliseconds else []
         log = collect(rows, names[:3], read_as, table.unit, time_format, ties, to_split)
@@ -201,12 +193,12 @@ def _table(lines, delimiter, columns):
     with contextlib.suppress(csv.Error):  # of a row that goes on behind the sample
         sample.extend(_split((line for _, line in lines.head), delimiter))
     width = len(sample[0]) if sample else 0
-    header = width > 1 and _is_header(sample, columns)
-    known, even = header and len(_known(sample[0])) == 2, all(0 <= len(row) - width <= 1 for row in sample)
+    header = width > 1 and is_header(sample, columns)
+    known, even = header and len(known_places(sample[0])) == 2, all(0 <= len(row) - width <= 1 for row in sample)
     blank = delimiter == " "  # of which words may be made too
     if width < 2 or not (known or (columns and even if blank else even or delimiter in ("\t", "::", ","))):
         return None
-    names = list(map(_name, sample[0])) if header else [f"column {n + 1}" for n in range(width)]
+    names = list(map(clean_name, sample[0])) if header else [f"column {n + 1}" for n in range(width)]
     rows = partial(_rows, lines, delimiter, width, sample[0] if header else None)
     inter = delimiter == "\t" and any(":token" in field for field in sample[0])
     read_as = "inter" if inter else f"csv ({DELIMITERS.get(delimiter, delimiter)})"
@@ -246,16 +238,16 @@ def _words(lines, columns, format):
     """Return the _Table of lines or pairs. Both are `user item ...`; they differ in what may not be: in lines a user
     comes once, in pairs a line has two words."""
     (number, first), *below = [(number, line.strip()) for number, line in lines.head]
-    marked = [(n, line, mark[0].strip()) for n, line in below if (mark := NO_WORDS.search(line))]
-    if marked and not NO_WORDS.search(first) and format is None:
-        how = "delete a title; what holds for a block of rows belongs into each of them"
-        lines.fail(f"{_shown(first)} stands above rows such as {_shown(marked[0][1])}: {how}", number)
-    if columns or len(WORD.findall(first)) < 2 or format in ("inter", "csv"):
+    marked = next((line for _, line in below if NO_WORDS.search(line)), None)
+    if columns or len(WORD.findall(first)) < 2 and not marked or format in ("inter", "csv"):
         which = f"no columns {', '.join(columns)}" if columns else "expected `user item item ...`, or a header"
-        lines.fail(f"{which}; found {_shown(first)}; --columns and --format tell", number)
+        lines.fail(f"{which}; found {shown(first)}; --columns and --format tell", number)
     if format is None and (mark := NO_WORDS.search(first)):
         how = "in a line of words: a table? Name its --columns; else --format lines"
-        lines.fail(f"{_shown(mark[0].strip())} {how}", number)
+        lines.fail(f"{shown(mark[0].strip())} {how}", number)
+    if format is None and marked:
+        how = "delete a title; what holds for a block of rows belongs into each of them"
+        lines.fail(f"{shown(first)} stands above rows such as {shown(marked)}: {how}", number)
     pairs = format == "pairs" or format is None and all(len(WORD.findall(line)) == 2 for _, line in lines.head)
 
     def rows(places):
@@ -264,7 +256,7 @@ def _words(lines, columns, format):
             if pairs and len(items) != 1:
                 lines.fail(f"{1 + len(items)} fields where the first line has 2")
             if user in users and not pairs:
-                lines.fail(f"user {_shown(user)} has a line already; a table? Name its --columns, as in 1,2,3")
+                lines.fail(f"user {shown(user)} has a line already; a table? Name its --columns, as in 1,2,3")
             users.add(user)
             yield from ((lines.number, user, item) for item in items or [""])  # "": a user without an item
 
@@ -301,9 +293,9 @@ def _objects(lines):
     head = [fields for number, line in lines.head for fields in records(line, None, number)]
     lists = [(name, field) for one in head for name, field in one.items() if isinstance(field, list)]
     nested = {name: field[0] for name, field in lists if field and isinstance(field[0], dict)}
-    if len(nested) == 1 and len(_known(head[0])) < 2:
+    if len(nested) == 1 and len(known_places(head[0])) < 2:
         ((many, part),) = nested.items()
-        timed, timed_part = (any(_plain(name) in TIMES for name in fields) for fields in (head[0], part))
+        timed, timed_part = (any(plain_name(name) in TIMES for name in fields) for fields in (head[0], part))
         prefix = f"{many}." if timed and not timed_part else ""  # are these the events, or what an event is about?
         parts = _flat(part, prefix)
         head = [fields for number, line in lines.head for fields in records(line, many, number)][:SAMPLE]
@@ -342,110 +334,3 @@ def _parquet(path):
 
     sample = [row[1:] for row in rows(range(len(frame.columns)), SAMPLE)]
     return _Table(list(map(str, frame.columns)), True, sample, rows, "Parquet", unit="row")
-
-
-# Columns
-
-
-def _name(field):
-    """Return the name of a column without the type that RecBole gives it, as in user_id:token."""
-    name = field.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
-    return re.sub(r":\w+$", "", name.strip())
-
-
-def _plain(name):
-    return re.sub(r"[\W_]", "", _name(name).lower())
-
-
-def _shown(text, most=60):
-    return repr(text if len(text) <= most else text[:most] + "...")
-
-
-def _known(names):
-    """Return {"user": place, "item": place} of the first known columns among names, as far as there are."""
-    plain, known = list(map(_plain, names)), {"user": USERS, "item": ITEMS}
-    first = {role: next((name for name in words if name in plain), None) for role, words in known.items()}
-    return {role: plain.index(name) for role, name in first.items() if name}
-
-
-def _values(rows, place):
-    """Return what stands in a column of sampled rows, missing values left out."""
-    return [text for row in rows if len(row) > place and (text := row[place].strip()) not in MISSING]
-
-
-def _is_header(rows, columns):
-    """Whether the first of the sampled rows names columns: those asked for, known ones, or words over numbers."""
-    first, below = [field.strip() for field in rows[0]], rows[1:]
-    if columns and not columns[0].isdigit() and set(map(_name, columns)) <= set(map(_name, first)):
-        return True
-    words = [place for place, field in enumerate(first) if field not in MISSING]
-    if any(kind_of_times([first[place]]) for place in words):
-        return False
-    if any(_plain(field) in {*USERS, *ITEMS, *TIMES} or re.search(":(token|float)", field) for field in first):
-        return True
-    return any(all(kind_of_times([text]) for text in over) for place in words if (over := _values(below, place)))
-
-
-def _refuse(reason, *columns):
-    raise UserError(f"{reason}; say which are user, item and time, as in --columns {','.join(map(str, columns))}")
-
-
-def _choose(table, columns):
-    """Return the places of user, item, time and, where it stands apart, time of day; and remarks on the others."""
-    names, plain, known = table.names, list(map(_plain, table.names)), _known(table.names)
-    kinds = [kind_of_times(_values(table.sample, place)) for place in range(len(names))]
-    times = [p for p, kind in enumerate(kinds) if kind in ("moment", "day") and not plain[p].endswith(IDS)]
-    if columns:
-        places = _asked(table, columns)
-    elif not table.header:
-        fields = " ".join(f"{n}={_shown(field.strip(), 30)}" for n, field in enumerate(table.sample[0][:12], 1))
-        first = [place for place in range(len(names)) if place not in times][:2] + times[:1]
-        _refuse(f"a table with no header, whose first row is {fields}", *(place + 1 for place in first))
-    elif len(known) < 2:
-        first = [names[known[role]] if role in known else role.upper() for role in ("user", "item")]
-        first += [names[place] for place in times[:1]]
-        _refuse(f"no user and item columns are known in the header {_shown(', '.join(names), 300)}", *first)
-    elif lists := [names[p] for p, word in enumerate(plain) if word.endswith("list") and word[:-4] in ITEMS]:
-        raise UserError(f"{lists[0]!r} holds lists of items; give a log of one interaction a row")
-    else:
-        places = [known["user"], known["item"]]
-        places += _time_places(names, plain, kinds, places)
-    if again := [p for p in places if plain.count(plain[p]) > 1 and not (columns and columns[0].isdigit())]:
-        _refuse(f"two columns are called {names[again[0]]!r}", *(place + 1 for place in places))
-    left = [names[place] for place in times if place not in places]
-    if left and not columns and (len(places) < 3 or kinds[places[2]] == "number"):
-        taken = [names[place] for place in places[:2]]
-        _refuse(f"{', '.join(left)} looks like times, under no known name, and may be left out", *taken, left[0])
-    remarks = [f"not taken, though it looks like times: {', '.join(left)}"] if left else []
-    if len(places) < 3 and table.sample:
-        remarks.append("no column of times, so the file's order counts; --columns USER,ITEM,TIME names one")
-    return places, remarks
-
-
-def _asked(table, columns):
-    """Return the places of columns that a person names, or counts from 1."""
-    places = {str(place + 1): place for place in range(len(table.names))}
-    places, columns = places | {name: place for place, name in enumerate(table.names)}, list(map(_name, columns))
-    if wrong := [column for column in columns if column not in places]:
-        raise UserError(f"no columns {', '.join(wrong)} among {_shown(', '.join(table.names), 300)}")
-    return [places[column] for column in columns]
-
-
-def _time_places(names, plain, kinds, taken):
-    """Return the place of the column of times, or of a day and of a time of day, or nothing."""
-    ranks = {p: TIMES.index(plain[p]) for p in range(len(names)) if plain[p] in TIMES and p not in taken}
-    for place, kind in enumerate(kinds):
-        if kind in ("moment", "day", "clock") and place not in taken and LIKE_TIMES.fullmatch(names[place]):
-            ranks.setdefault(place, len(TIMES))
-    groups = ("moment",), ("number", "day", "clock"), (None,)
-    pool = next(filter(None, ([place for place in ranks if kinds[place] in group] for group in groups)), [])
-    held, best = {kinds[place] for place in pool}, [p for p in pool if ranks[p] == min(ranks[q] for q in pool)]
-    if held == {"day", "clock"} and len(pool) == 2:
-        return sorted(pool, key=lambda place: kinds[place] == "clock")
-    shown = ", ".join(names[place] for place in pool)
-    if held == {"clock"}:
-        raise UserError(f"{shown} holds times of day without a day; --columns names another column")
-    if len(held) > 1 or len({plain[place] for place in best}) > 1:
-        taken = [names[place] for place in [*taken, pool[0]]]
-        _refuse(f"{shown} may each be the time (a day and a time of day are joined)", *taken)
-    return best[:1]

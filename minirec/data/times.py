@@ -21,7 +21,7 @@ MONTHS = "jan feb mar apr may jun jul aug sep oct nov dec".split()
 WEEKDAY, YEAR, YY = r"([A-Za-z]{3,9},? )?", r"(?P<y>\d{4})", r"(?P<y>\d{4}|\d\d)"
 MONTH, DAY = r"(?P<m>\d{1,2}|[A-Za-z]{3,9})\.?", r"(?P<d>\d{1,2})"
 CLOCK = r"(?P<H>[01]?\d|2[0-3]):(?P<M>[0-5]\d)(:(?P<S>[0-5]\d)([.,](?P<f>\d+))?)?( ?(?P<p>[AaPp])\.?[Mm]\.?)?"
-ZONE = r" ?(?P<z>Z|UTC|GMT|[+-]\d\d(:?\d\d)?)?(\[[\w/+-]+\])?"
+ZONE = r" ?((?P<z>Z|UTC|GMT|[+-]\d\d(:?\d\d)?)(\[[\w/+-]+\])?)?"
 REST = rf"((T|,? +|:){CLOCK}{ZONE})?"
 PATTERNS = {  # besides numbers; a name tells the order in which the numbers of a text come, as strptime has it
     "YmdHMS": r"(?P<y>(19|20)\d\d)(?P<m>\d\d)(?P<d>\d\d)((?P<H>\d\d)(?P<M>\d\d)(?P<S>\d\d)?)?",

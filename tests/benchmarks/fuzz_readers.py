@@ -6,7 +6,7 @@ Logs, good and malformed, are mutated; whatever comes out must either be read to
 or be refused by a UserError of one line that names the file.
 The first byte of an input chooses the format and the columns that are asked for; the rest is the file.
 
-Where atheris is installed (pip install atheris) mutations are guided by the lines of data/read.py that they reach,
+Where atheris is installed (pip install atheris) mutations are guided by the lines of the readers that they reach,
 else they are random.
 """
 
@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from test_data import MALFORMED, WELL_FORMED
 
-from minirec.data import read
+from minirec.data import columns, read
 from minirec.data.describe import describe
 from minirec.data.split import leave_one_out
 from minirec.errors import UserError
@@ -34,17 +34,17 @@ try:
 except ImportError:
     atheris = None
 
-ASKED = [(format, columns) for format in (None, *read.FORMATS) for columns in (None, "user,item", "1,2,3", "2,1")]
+ASKED = [(format, asked) for format in (None, *read.FORMATS) for asked in (None, "user,item", "1,2,3", "2,1")]
 LONGEST = 4096
 PATH = Path(tempfile.gettempdir()) / f"fuzz-{random.randrange(1 << 32)}.log"
 
 
 def check(content):
     """Read a file of this content, in the way that its first byte chooses."""
-    format, columns = ASKED[content[0] % len(ASKED)] if content else ASKED[0]
+    format, asked = ASKED[content[0] % len(ASKED)] if content else ASKED[0]
     PATH.write_bytes(content[1:])
     try:
-        log = read.read_log(PATH, columns, format)
+        log = read.read_log(PATH, asked, format)
     except UserError as error:
         assert str(PATH) in str(error) and "\n" not in str(error), error
         return
@@ -76,7 +76,8 @@ def mutated(content, other):
 @click.option("--seconds", type=click.IntRange(1), default=600, show_default=True)
 def main(seconds):
     if atheris:
-        with atheris.instrument_imports(include=["minirec.data.read"]):
+        with atheris.instrument_imports(include=["minirec.data.read", "minirec.data.columns"]):
+            importlib.reload(columns)
             importlib.reload(read)
         folder = Path(tempfile.mkdtemp())
         for number, content in enumerate(seeds()):
