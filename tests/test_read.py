@@ -1,10 +1,12 @@
 """Other people's files: read right or refused, never guessed. One log, written as tools and publishers write theirs."""
 
+import csv
 import io
 import json
 import sys
 import zipfile
 from datetime import UTC, datetime, timedelta, timezone
+from itertools import permutations
 
 import numpy as np
 import pytest
@@ -381,6 +383,28 @@ def test_times_are_read_as_they_are_written_to_the_second(write, way):
     assert histories(log) == RIGHT and log.dated and log.times.dtype == np.int64
     assert sorted(log.times // 10**9) == sorted(seconds(t) for _, _, t in ROWS)
     assert kind_of_times([str(WAYS[way](t)) for _, _, t in ROWS]) == "moment"
+
+
+HEADS = ("user item time", "userId movieId timestamp", "USER_ID PRODUCT_ID EVENT_TS", "CustomerNo sku created_at")
+
+
+@given(
+    *(st.sampled_from(list(choices)) for choices in (HEADS, WAYS, HEADERS, permutations(range(4)))),
+    *(st.sampled_from(choices) for choices in (("", "\ufeff"), ("\n", "\r\n", "\r"), ("", "# a\n", "\n", " \n"))),
+)
+def test_a_log_is_the_same_in_every_dialect(tmp_path_factory, head, way, delimiter, order, mark, end, before):
+    text = io.StringIO(newline="")
+    rows = [(*head.split(), "note"), *((u, i, str(WAYS[way](t)), "x"[: int(u) - 7]) for u, i, t in ROWS)]
+    rows = [[row[place] for place in order] for row in rows]
+    if delimiter == "::":
+        text.writelines("::".join(row) + "\n" for row in rows)
+    else:
+        csv.writer(text, delimiter=delimiter, lineterminator="\n").writerows(rows)
+    path = tmp_path_factory.mktemp("dialect") / "log"
+    path.write_bytes((mark + before + text.getvalue()).replace("\n", end).encode())
+    log = read_log(path)
+    assert histories(log) == RIGHT and log.dated
+    assert sorted(log.times // 10**9) == sorted(seconds(t) for _, _, t in ROWS)
 
 
 @given(st.lists(st.datetimes(datetime(1700, 1, 1), datetime(2200, 1, 1)), min_size=1, max_size=5))
