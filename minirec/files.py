@@ -23,6 +23,26 @@ from minirec.errors import UserError
 
 LARGEST_JSON = 1 << 26  # bytes
 LONGEST_LINE = 1 << 16  # bytes
+LONGEST_NAME = 60  # characters that a message shows of a name, or a folder's name holds of a log's
+FEW = 3  # names that a message shows of many
+
+
+# In messages
+
+
+@contextlib.contextmanager
+def naming(path, failure, hint=""):
+    """Raise a UserError that names the path where the system refuses something: "PATH: cannot be read (why)"."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{path}: {failure} ({error.strerror or error}){hint}") from None
+
+
+def few(names):
+    """Return a list of names as text: the first ones, long ones cut, then how many more there are."""
+    shown = ", ".join(repr(name if len(name) <= LONGEST_NAME else name[:LONGEST_NAME] + "...") for name in names[:FEW])
+    return shown + (f" and {len(names) - FEW:,} more" if len(names) > FEW else "")
 
 
 # Writing
@@ -35,11 +55,8 @@ def write(path, fill):
     """
     if not os.path.exists(path) or os.path.isfile(path) or os.path.isdir(path):
         return replace(Path(os.path.realpath(path)), fill)
-    try:
-        with open(path, "wb") as file:
-            return fill(file)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be written ({error.strerror or error})") from None
+    with naming(path, "cannot be written"), open(path, "wb") as file:
+        return fill(file)
 
 
 def replace(path, fill, previous=None):
@@ -50,29 +67,25 @@ def replace(path, fill, previous=None):
     process is writing it.
     """
     temporary = path.with_name(f".{path.name}.tmp")
-    try:
+    with naming(path, "cannot be written"):
         check_regular(path)
         if temporary.is_file() and not temporary.is_symlink():  # of a process that was killed, or is at work
             with locked(temporary):
                 temporary.unlink()
         temporary.unlink(missing_ok=True)
         file = open(temporary, "xb")  # x: never into what a stranger's link points to
-    except OSError as error:
-        raise UserError(f"{path}: cannot be written ({error.strerror or error})") from None
-    try:
-        with file, locked(temporary):
-            result = fill(file)
-            file.flush()
-            os.fsync(file.fileno())
-        if previous and path.exists():
-            _keep(path, previous)
-        os.replace(temporary, path)
-    except BaseException as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-        if isinstance(error, OSError):
-            raise UserError(f"{path}: cannot be written ({error.strerror or error})") from None
-        raise
+        try:
+            with file, locked(temporary):
+                result = fill(file)
+                file.flush()
+                os.fsync(file.fileno())
+            if previous and path.exists():
+                _keep(path, previous)
+            os.replace(temporary, path)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                temporary.unlink()
+            raise
     if hasattr(os, "O_DIRECTORY"):  # the rename itself must reach the disk too, where a folder can be synced
         with contextlib.suppress(OSError):
             folder = os.open(path.parent, os.O_DIRECTORY)
@@ -142,34 +155,28 @@ def check_regular(path):
 def opened(path, largest=None):
     """Open a regular file to read its bytes; largest: how many it may have. Raises UserError."""
     guards = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)  # neither led away nor kept waiting
-    try:
+    with naming(path, "cannot be read"):
         check_regular(path)
         with open(path, "rb", opener=lambda path, flags: os.open(path, flags | guards)) as file:
             size = os.fstat(file.fileno()).st_size
             if largest is not None and size > largest:
                 raise UserError(f"{path}: {size:,} bytes long, where at most {largest:,} make sense")
             yield file
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file") from None
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror or error})") from None
 
 
 def read_lines(path):
     """Yield the lines, without what ends them, of a text file that a person named; a pipe will do. Raises UserError."""
-    try:
-        with open(path, "rb") as file:
-            for number in itertools.count(1):
-                line = file.readline(LONGEST_LINE)
-                if not line:
-                    return
-                if len(line) == LONGEST_LINE:
-                    raise UserError(f"{path}, line {number}: {LONGEST_LINE:,} bytes or more: is this a text file?")
+    with naming(path, "cannot be read"), open(path, "rb") as file:
+        for number in itertools.count(1):
+            line = file.readline(LONGEST_LINE)
+            if not line:
+                return
+            if len(line) == LONGEST_LINE:
+                raise UserError(f"{path}, line {number}: {LONGEST_LINE:,} bytes or more: is this a text file?")
+            try:
                 yield line.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r\n")
-    except UnicodeDecodeError:
-        raise UserError(f"{path}, line {number}: not UTF-8 text") from None
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror or error})") from None
+            except UnicodeDecodeError:
+                raise UserError(f"{path}, line {number}: not UTF-8 text") from None
 
 
 def read_json(path, largest=LARGEST_JSON):
@@ -243,24 +250,17 @@ def read_arrays(path):
 
 def fingerprint(path, hint=""):
     """Return the SHA-256 of a file that a person named; hint: what is added where it cannot be read."""
-    digest = hashlib.sha256()
-    try:
+    with naming(path, "cannot be read", hint):
         if os.path.exists(path) and not os.path.isfile(path):
             raise UserError(f"{path}: not a regular file; save it as one")
         with open(path, "rb") as file:
-            while chunk := file.read(1 << 20):
-                digest.update(chunk)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror or error}){hint}") from None
-    return digest.hexdigest()
+            return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def make_folder(folder):
     """Create a folder where there is none."""
-    try:
+    with naming(folder, "cannot be made a folder"):
         folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"{folder}: cannot be made a folder ({error.strerror or error})") from None
 
 
 @contextlib.contextmanager
@@ -272,10 +272,8 @@ def locked(folder):
     except ImportError:  # Windows has no flock; one process at a time is then up to the user
         yield None
         return
-    try:
+    with naming(folder, "cannot be opened"):
         handle = os.open(folder, os.O_RDONLY)  # a lock on the folder itself leaves no file behind
-    except OSError as error:
-        raise UserError(f"{folder}: cannot be opened ({error.strerror or error})") from None
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
