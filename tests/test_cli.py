@@ -662,7 +662,7 @@ MISTAKES = {
     "another log": (["decompose", "RUN", "--data", "log.txt"], 1, "not the log"),
     "unknown user": (["recommend", "RUN", "--user", "account 9999"], 1, "did you mean 'account"),
     "unknown history": (["recommend", "RUN", "--history", "a,b"], 1, "items look like"),
-    "empty history": (["recommend", "RUN", "--history", ""], 1, "--history"),
+    "empty history": (["recommend", "RUN", "--history", ""], 1, "history: the model knows none"),
     "two selections": (["recommend", "RUN", "--user", "a", "--all", "--out", "x.csv"], 2, "choose one"),
     "all without out": (["recommend", "RUN", "--all"], 2, "--out"),
     "out in no folder": (["recommend", "RUN", "--all", "--out", "no/x.csv"], 1, "no/x.csv"),

@@ -1,5 +1,7 @@
 """The description of a log against counts by hand and by plain loops."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from helpers import log_of, real_log
@@ -12,6 +14,7 @@ from minirec.data.read import read_log
 from minirec.data.split import SPLITS, leave_one_out
 from minirec.errors import UserError
 from minirec.training import runs
+from minirec.training.options import Source
 
 SEQUENCES = st.lists(st.lists(st.integers(0, 6), min_size=1, max_size=12), min_size=2, max_size=10)
 
@@ -119,10 +122,10 @@ def test_core_sizes_are_those_of_the_log_that_the_same_options_and_k_core_give(t
     path = tmp_path_factory.mktemp("logs") / "log.csv"
     rows = [f"u{user},i{item}" for user, items in enumerate([*sequences, [7, 8, 9]]) for item in items]
     path.write_text("\n".join(["user,item", *rows]))
-    source = {"path": str(path), **runs.READING, "k_core": 1, "drop_repeats": drop}
+    source = Source(str(path), drop_repeats=drop)
     found = describe.core_size(runs.load_log(source), k, drop)
     try:
-        log = runs.load_log(source | {"k_core": k})
+        log = runs.load_log(replace(source, k_core=k))
     except UserError:
         assert set(found.values()) == {0}
     else:

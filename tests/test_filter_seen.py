@@ -13,6 +13,8 @@ from minirec.errors import UserError
 from minirec.report import page
 from minirec.studies import grid, results
 from minirec.training import ranking, runs
+from minirec.training.fit import load
+from minirec.training.options import settings_fingerprint
 from minirec.training.progress import best
 
 OPTIONS = {True: "--filter-seen", False: "--no-filter-seen"}
@@ -157,7 +159,7 @@ def test_a_study_of_runs_with_another_choice_is_refused(studied, bought_again):
 def test_the_page_of_a_run_ranks_and_recommends_as_trained(trained_runs, filter_seen):
     folder, printed = trained_runs[filter_seen]
     parameters, config, log, split = opened(folder)
-    found = page.describe_run(folder, runs.load_settings(folder), parameters, log)
+    found = page.describe_run(load(folder))
     assert found["filter_seen"] is filter_seen
     assert ("all items" in dict(found["facts"]).get("Candidates", "")) == (not filter_seen)
     assert found["metrics"][0]["HR@1"] == pytest.approx(printed["test"]["HR@1"], abs=1e-4)
@@ -214,9 +216,9 @@ def test_states_of_runs_that_say_nothing_of_it_keep_their_fingerprint():
     settings = {"data": source, "model": model | {"attn": "softmax"}, "training": training}
     written_before = "5cafdebbef2185fa187f1d31f313207b5830153f5fb92e00ab9d65671ff7502c"
     training["filter_seen"] = True
-    assert runs.settings_fingerprint(settings) == written_before
+    assert settings_fingerprint(settings) == written_before
     training["filter_seen"] = False
-    assert runs.settings_fingerprint(settings) != written_before
+    assert settings_fingerprint(settings) != written_before
 
 
 @pytest.mark.parametrize("value", [None, 0, "no"])

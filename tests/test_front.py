@@ -10,6 +10,7 @@ import pytest
 from helpers import ROOT, last_json, log_of, run_cli
 
 import minirec
+from minirec import files
 from minirec.errors import UserError
 from minirec.training import fit as fitting
 from minirec.training import runs
@@ -104,11 +105,11 @@ def test_a_log_with_times_is_kept_with_them(tmp_path):
 @pytest.mark.parametrize("damage", ["sequence", "offsets", "users"])
 def test_a_kept_log_that_is_damaged_is_refused(log, tmp_path, damage):
     model = minirec.fit(log, folder=tmp_path / "run", **QUIET)
-    arrays = runs.read_arrays(tmp_path / "run" / runs.LOG)
+    arrays = files.read_arrays(tmp_path / "run" / runs.LOG)
     arrays["sequence"][0] = 99 if damage == "sequence" else arrays["sequence"][0]
     arrays["offsets"][1] = 10**9 if damage == "offsets" else arrays["offsets"][1]
     arrays["users"] = arrays["users"][1:] if damage == "users" else arrays["users"]
-    runs.write_arrays(tmp_path / "run" / runs.LOG, arrays)
+    files.write_arrays(tmp_path / "run" / runs.LOG, arrays)
     with pytest.raises(UserError, match="log.npz: damaged"):
         minirec.load(tmp_path / "run").evaluate()
     assert model.evaluate()["users"] > 0
@@ -142,7 +143,7 @@ def test_another_log_is_ranked_as_the_same_log_where_it_is_the_same(log, model):
     [
         (lambda m: m.with_attention("uniform", [2]), "blocks 0 to 1"),
         (lambda m: m.with_attention("linear"), "choose from"),
-        (lambda m: m.recommend(["nobody's"]), "knows none of these"),
+        (lambda m: m.recommend(["nobody's"]), "knows none of its items: .nobody"),
         (lambda m: m.recommend([99]), "0 to 14"),
         (lambda m: m.recommend([]), "knows none"),
         (lambda m: minirec.fit(m.log, lr=-1.0), "lr"),

@@ -248,7 +248,7 @@ def test_a_history_as_json_names_what_was_taken(run):
     result = call("recommend", run, "--history", "i3, nix, i5,", "--top", 2, "--json")
     found = last_json(result)
     assert found["history"] == ["i3", "i5"] and found["left_out"] == 1 and len(found["recommendations"]) == 2
-    assert "skipped, not in the training log: 'nix'" in result.stderr
+    assert "left out, unknown to the model: 'nix'" in result.stderr
     assert_same_lists(alone(run, "--history", "i3\ni5", "--top", 2), alone(run, "--history", "i3,i5", "--top", 2))
 
 
@@ -468,7 +468,7 @@ MISTAKES = {
     "a history beyond reading": (
         ["--history", "x" * 10**5 + "\r\n,y"],
         1,
-        "training log: '" + "x" * 60 + "...'; items look",
+        "none of its items: '" + "x" * 60 + "...', 'y'; items look",
     ),
     "a history of commas": (["--history", ",,"], 1, "none of its items"),
     "a log that is a pipe": (["--data", "/dev/stdin", "--all", "--out", "x.csv"], 1, "not a regular file"),

@@ -25,6 +25,7 @@ from minirec.errors import UserError
 from minirec.report import page as report
 from minirec.studies import statistics
 from minirec.training import ranking, runs
+from minirec.training.fit import load
 
 QUICK = ("--epochs", 1, "--seeds", 2, "--attn", "softmax", "--attn", "uniform")
 DEEP = 700 if sys.version_info < (3, 12) else 5000  # lists within lists, which are read and no further walked through
@@ -88,7 +89,7 @@ def loaded(folder):
 
 @pytest.fixture(scope="module")
 def found(trained):
-    return report.describe_run(trained, *loaded(trained))
+    return report.describe_run(load(trained))
 
 
 def picked(found, log):
@@ -220,7 +221,7 @@ def test_a_run_without_softmax_shows_its_own_weights(tmp_path):
             np.testing.assert_allclose(decode(block["attention"][1]), 1 / (position["position"] + 1), rtol=1e-4)
     (tmp_path / "log.txt").write_text("u1 a b c d\nu2 b c d a\nu3 c d a b\n")
     assert run_cli("train", "--data", "log.txt", "--epochs", 1, "--attn", "uniform", "--out", "run", cwd=tmp_path)
-    found = report.describe_run(tmp_path / "run", *loaded(tmp_path / "run"))
+    found = report.describe_run(load(tmp_path / "run"))
     assert found["weightings"] == list(FIXED)  # softmax was not trained: it is never substituted
     tops = found["users"][0]["positions"][0]["tops"]
     assert [len(top) for top in tops] == [1] * len(FIXED)  # all that is left of four items

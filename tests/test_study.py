@@ -32,6 +32,7 @@ from minirec.studies import results as showing
 from minirec.studies.plots import relative_maps
 from minirec.training import baselines, ranking, runs
 from minirec.training.fit import train
+from minirec.training.options import Source
 
 pytest.importorskip("scipy", reason="the study needs scipy")
 
@@ -773,7 +774,7 @@ def test_what_a_study_cannot_take_is_refused(tmp_path):
 def job_of(folder, epochs=2):
     """A finished run of the small study, as a Job of a study with so many epochs at most."""
     settings = runs.load_settings(folder / "small/softmax-0")
-    log = runs.load_log(settings["data"])
+    log = runs.load_log(Source(**settings["data"]))
     settings["training"]["epochs"] = epochs
     return grid.Job(grid.Dataset("small", log, settings), "softmax", 0, folder / "small/softmax-0")
 
@@ -849,7 +850,7 @@ def test_a_study_that_an_older_version_left_is_read_and_its_models_are_measured_
     folder = Path(__file__).parent / "older_study"
     settings = runs.load_settings(folder / "study/log/softmax-0")
     settings["data"]["path"] = str(folder / "log.csv")
-    dataset = grid.Dataset("log", runs.load_log(settings["data"]), settings)
+    dataset = grid.Dataset("log", runs.load_log(Source(**settings["data"])), settings)
     jobs = grid.grid([dataset], ("softmax", "uniform", "identity", "recency"), 2, folder / "study")
     found = showing.collect(jobs)
     kept = json.loads((folder / "study/study.json").read_text())["datasets"]["log"]

@@ -10,23 +10,20 @@ import shutil
 import sys
 import time
 from contextlib import contextmanager
-from dataclasses import asdict, replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 import click
 
 from minirec import backend
-from minirec.data.read import FORMATS, TIES
-from minirec.data.split import SPLITS
 from minirec.errors import UserError
 from minirec.training import runs
 from minirec.training.fit import load
 from minirec.training.mpi import abort, launched_rank
-from minirec.training.runs import LONGEST_NAME, Source, Training
+from minirec.training.options import LARGEST, LOG_OPTIONS, Range, Source, Training
 
-SIZE = click.IntRange(1, 1 << 24)
+SIZE = click.IntRange(1, LARGEST)
 BAR = 20  # characters
-FEW = 3  # names that a message shows of many
 PROGRAM = "python cli.py"  # what our texts call the command line; shown is what it was called by
 INTERRUPTED = 130  # the shell's exit status after Ctrl-C
 
@@ -180,116 +177,57 @@ def filter_seen_option(default):
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object, nothing else, on stdout.")
 
 
-def opened(folder, command, backend=Training.backend, data=None):
-    """Return the Model of a run folder, of the newest if None; its log is read, under a bar, when it is needed."""
-    if not folder:
-        folder = runs.newest_folder(command)
-        say(f"run {folder}")
-    model = load(folder, backend=backend)
-
-    def read_log():
-        with reading(data or model.settings["data"]["path"]) as update:
-            return runs.load_run_log(model.folder, model.settings, data, update)
-
-    return replace(model, read_log=read_log)
+def typed(name):
+    """Return an option's name as it is typed."""
+    return f"--{name.replace('_', '-')}"
 
 
-def another_log(model, data, to_split):
-    """Return the Log that --data names, read as the model's was; None where it is the one that was trained on.
+def options_of(choices, *names):
+    """Return a decorator that gives a command the options for some fields of Source or Training, in that order."""
+    described = {choice.name: choice for choice in fields(choices)}
 
-    to_split: whether it must hold enough to be split, and is filtered for that; else all its users and items stay.
-    """
-    if not data:
-        return None
-    source = runs.find_log(model.folder, model.settings, data, another=True)
-    if source["sha256"] == model.settings["data"]["sha256"]:
-        return None
-    if not to_split and source["k_core"] > 1:
-        say(f"the run's --k-core {source['k_core']} is not applied: users with fewer items get recommendations too")
-        source |= {"k_core": 1}
-    with reading(source["path"]) as update, telling_settings(model, data):
-        log = runs.load_log(source, update, to_split)
-    remark(log, source["path"])
-    say(
-        f"{source['path']}: another log than {model.folder} was trained on, read as {log.read_as or 'embedded'}: "
-        f"{len(log.users):,} users, {len(log.items):,} items, {len(log.sequence):,} interactions"
-    )
-    return log
+    def add(command):
+        for name in reversed(names):
+            default, allowed = described[name].default, described[name].metadata["allowed"]
+            words = {"help": described[name].metadata["text"], "metavar": described[name].metadata["metavar"]}
+            if isinstance(allowed, Range):
+                most = allowed.most if math.isfinite(allowed.most) else None
+                words["type"] = (click.IntRange if allowed.kind is int else Number)(allowed.least, most)
+            elif isinstance(allowed, tuple):
+                words["type"] = click.Choice(allowed)
+            command = click.option(typed(name), default=default, is_flag=allowed is bool, **words)(command)
+        return command
+
+    return add
 
 
-@contextmanager
-def telling_settings(model, data):
-    """Add to an error about another log what it is read and split by: its command has no options for that."""
-    try:
-        yield
-    except UserError as error:
-        source = model.settings["data"]
-        words = given(source | {"columns": ",".join(source["columns"] or ())}, *source) or " no options"
-        how = f"--data {data} is read and split as the log of {model.folder}, with{words}"
-        raise UserError(f"{error if data in str(error) else f'{data}: {error}'}; {how}") from None
-
-
-def log_options(command):
-    """Add the options that say how a log is read, filtered and split."""
-    for option in reversed(LOG_OPTIONS):
-        command = option(command)
-    return command
-
-
-LOG_OPTIONS = [
-    click.option("--format", type=click.Choice(FORMATS), help="The log's format [default: recognised by content]."),
-    click.option("--columns", metavar="USER,ITEM[,TIME]", help="Its columns, by name or by position from 1."),
-    click.option("--time-format", metavar="PATTERN", help="How its times are written, as in '%d/%m/%Y %H:%M'."),
-    click.option(
-        "--ties",
-        type=click.Choice(TIES),
-        default=Source.ties,
-        show_default=True,
-        help="Order among a user's equal times: the file's, or random with a fixed seed.",
-    ),
-    click.option(
-        "--split",
-        type=click.Choice(list(SPLITS)),
-        default=Source.split,
-        help="What is held out: each user's last items, or the last tenth of all interactions.",
-    ),
-    click.option(
-        "--k-core",
-        type=SIZE,
-        default=Source.k_core,
-        help="Keep users and items with at least so many entries.",
-    ),
-    click.option("--drop-repeats", is_flag=True, help="Count an item that follows itself once."),
-]
-
-LOG_PARAMETERS = log_options(click.Command(None)).params[::-1]
+log_options = options_of(Source, *LOG_OPTIONS)  # how a log is read, filtered and split
 
 
 def given(options, *names):
     """Return those of the named log options that are not at their defaults, as they would be typed."""
     words = []
-    for param in LOG_PARAMETERS:
-        value = options.get(param.name)
-        if param.name in names and value and value != param.default:
-            words += param.opts[:1] if value is True else (param.opts[0], shlex.quote(str(value)))
+    for name in LOG_OPTIONS:
+        value = options.get(name)
+        if name in names and value and value != getattr(Source, name):
+            text = ",".join(value) if isinstance(value, list) else str(value)
+            words += [typed(name)] if value is True else [typed(name), shlex.quote(text)]
     return "".join(f" {word}" for word in words)
 
 
 def log_source(path, options):
     """Return the Source of a log that was named on the command line, its fingerprint taken."""
-    names = [option.name for option in LOG_PARAMETERS if option.name != "columns"]
-    how = {name: options[name] for name in names} | {"columns": comma_list(options["columns"])}
-    whole = path if runs.is_planted(path) else os.path.abspath(path)
-    return Source(whole, runs.fingerprint(path), **how)
+    how = {name: options[name] for name in LOG_OPTIONS} | {"columns": comma_list(options["columns"])}
+    return Source(path if runs.is_planted(path) else os.path.abspath(path), runs.fingerprint(path), **how)
 
 
-def load_log(source, tell=True):
-    """Return the log that is asked for, under a bar where it is large; say what a person may not expect of it.
+def load_log(source, tell=True, to_split=True):
+    """Return the Log of a Source, read under a bar where it is large; say what a person may not expect of it.
 
-    tell: say how it was read, too.
+    tell: say how it was read, too; to_split: see read_log.
     """
     with reading(source.path) as update:
-        log = runs.load_log(asdict(source), update)
+        log = runs.load_log(source, update, to_split)
     if tell and log.read_as:
         say(f"{source.path}: read as {log.read_as}")
     remark(log, source.path)
@@ -302,7 +240,34 @@ def remark(log, path):
         say(f"{path}: {line}")
 
 
-def few(names):
-    """Return a list of names as text: the first ones, long ones cut, then how many more there are."""
-    shown = ", ".join(repr(name if len(name) <= LONGEST_NAME else name[:LONGEST_NAME] + "...") for name in names[:FEW])
-    return shown + (f" and {len(names) - FEW:,} more" if len(names) > FEW else "")
+def opened(folder, command, backend=Training.backend, data=None):
+    """Return the Model of a run folder, of the newest if None; its log is read, aloud, when it is first needed."""
+    if not folder:
+        folder = runs.newest_folder(command)
+        say(f"run {folder}")
+    return load(folder, data, backend, load_log)
+
+
+@contextmanager
+def another_log(model, data, to_split):
+    """Yield the Log that --data names, read as the model's was; None where it is the one that was trained on.
+
+    to_split: whether it must hold enough to be split, and is filtered for that; else all its users and items stay.
+    An error in the context is told with how the log is read and split: the commands have no options for that.
+    """
+    source = runs.find_log(model.folder, model.settings, data, another=True) if data else None
+    if source is None or source.sha256 == model.settings["data"]["sha256"]:
+        yield None
+        return
+    if not to_split and source.k_core > 1:
+        say(f"the run's --k-core {source.k_core} is not applied: users with fewer items get recommendations too")
+        source = replace(source, k_core=1)
+    try:
+        log = load_log(source, to_split=to_split)
+        counts = f"{len(log.users):,} users, {len(log.items):,} items, {len(log.sequence):,} interactions"
+        say(f"{data}: another log than {model.folder} was trained on: {counts}")
+        yield log
+    except UserError as error:
+        words = given(model.settings["data"], *LOG_OPTIONS) or " no options"
+        how = f"--data {data} is read and split as the log of {model.folder}, with{words}"
+        raise UserError(f"{error if data in str(error) else f'{data}: {error}'}; {how}") from None

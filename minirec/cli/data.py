@@ -11,7 +11,6 @@ import click
 from minirec.cli.common import (
     INTERRUPTED,
     Command,
-    few,
     given,
     json_option,
     load_log,
@@ -30,6 +29,7 @@ from minirec.data.describe import describe as describe_log
 from minirec.data.log import filter_log
 from minirec.data.read import read_log
 from minirec.errors import UserError
+from minirec.files import few
 from minirec.studies import grid as studying
 from minirec.training import runs
 

@@ -5,7 +5,6 @@ import difflib
 import os
 import re
 import shlex
-from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,7 +20,6 @@ from minirec.cli.common import (
     any_data_option,
     backend_option,
     data_option,
-    few,
     filter_seen_option,
     json_option,
     opened,
@@ -29,12 +27,12 @@ from minirec.cli.common import (
     run_argument,
     say,
     say_json,
-    telling_settings,
     workers_option,
 )
 from minirec.data.describe import remarks_on_repeats
 from minirec.decompose import RATIOS, contributions
 from minirec.errors import UserError
+from minirec.files import few
 from minirec.report import page as reporting
 from minirec.training import runs
 from minirec.training.parallel import usable_cores, worker_map
@@ -99,8 +97,7 @@ def evaluate(run, data, split, filter_seen, attn, attn_blocks, backend, workers,
     if attn:
         model = model.with_attention(attn, _block_numbers(attn_blocks, model.config.n_blocks))
     filter_seen = filters_seen(model, filter_seen)
-    log = another_log(model, data, to_split=True)
-    with telling_settings(model, data) if log else nullcontext():
+    with another_log(model, data, to_split=True) as log:
         result = model.evaluate(log, split, filter_seen, workers, partial(progress, "ranking"))
     remark_on_counts(result, result["baselines"])
     for line in remarks_on_repeats(result["unreachable"], result["users"]):
@@ -218,8 +215,9 @@ def recommend(run, data, user, history, users, everyone, top, explain, out, filt
             say_json(summary)
         return
     if history is not None:
-        sequence, left_out = _known_items(history, model.items)
-        result = {"history": [model.items[i] for i in sequence]}
+        names = _names_in(history, model.items)
+        sequence = model.history(names)
+        result, left_out = {"history": [model.items[i] for i in sequence]}, len(names) - len(sequence)
     else:
         user, sequence, left_out = _user_history(model, data, user)
         result = {"user": user}
@@ -235,37 +233,28 @@ def recommend(run, data, user, history, users, everyone, top, explain, out, filt
         _explain(model, sequence)
 
 
-def _known_items(history, items):
-    """Return the item numbers of a history "a,b,c", and how many of its names are unknown, which are skipped."""
-    numbers = {name: i for i, name in enumerate(items)}
-    try:  # an id with a comma can be quoted; a line break separates too
+def _names_in(history, items):
+    """Return the names in a history "a,b,c"; an id with a comma can be quoted; a line break separates too."""
+    try:
         fields = [field for row in csv.reader(re.split("[\r\n]+", history)) for field in row if field.strip()]
     except csv.Error as error:
         raise UserError(f"--history: cannot be read ({error})") from None
-    names = [field if field in numbers else field.strip() for field in fields]
+    known = set(items)
+    names = [field if field in known else field.strip() for field in fields]
     most_commas = max(name.count(",") for name in items)
     for start in range(len(names)):
         for stop in range(start + 2, min(start + 1 + most_commas, len(names)) + 1):
             joined = ",".join(fields[start:stop]).strip()
-            if joined in numbers and not all(name in numbers for name in names[start:stop]):
+            if joined in known and not known.issuperset(names[start:stop]):
                 quoted = shlex.quote('"' + joined.replace('"', '""') + '"')
                 raise UserError(f"--history: {joined!r} is one item, whose commas need quotes: --history {quoted}")
-    unknown = [name for name in names if name not in numbers]
-    known = np.array([numbers[name] for name in names if name in numbers], int)
-    if unknown and len(known):
-        say(f"skipped, not in the training log: {few(unknown)}")
-    if not len(known):
-        near = difflib.get_close_matches(names[0], items, 1) if names else []
-        like = f"items look like {(near or items)[0]!r}"
-        raise UserError(f"--history: none of its items is in the training log: {few([history])}; {like}")
-    return known, len(unknown)
+    return names
 
 
 def _known_histories(model, data):
     """Return the Log to recommend from, in the model's numbering of items, and the lengths [U] of whole histories."""
-    log = another_log(model, data, to_split=False)
-    whole = log or model.log
-    with telling_settings(model, data) if log else nullcontext():
+    with another_log(model, data, to_split=False) as log:
+        whole = log or model.log
         return model.known_part(log)[0] if log else whole, np.diff(whole.offsets)
 
 
@@ -398,7 +387,7 @@ def report(run, data, out):
         found = reporting.describe_study(folder)
     else:
         model = opened(folder, "report", data=data)
-        found = reporting.describe_run(folder, model.settings, model.parameters, model.log)
+        found = reporting.describe_run(model)
     page = reporting.page(found)
     # A link is followed where a person named it, never where it lay in a folder that may be a stranger's.
     write, out = (files.write, out) if out else (files.replace, folder / "report.html")

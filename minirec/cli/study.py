@@ -65,7 +65,7 @@ def study(data, attn, columns, out, figures, as_json, **options):
     for name in () if data else planted.DATASETS:
         if not runs.is_planted(name):
             raise UserError(f"{name} is a file here: study it with --data {name}, or the embedded {name} elsewhere")
-    out = out or runs.RUNS / "-".join(["study", *map(runs.log_name, data)])[: runs.LONGEST_NAME]
+    out = out or runs.RUNS / "-".join(["study", *map(runs.log_name, data)])[: files.LONGEST_NAME]
     options |= {"weightings": attn, "columns": comma_list(columns), "folder": out}
     try:
         results = grid.study(

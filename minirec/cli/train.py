@@ -25,6 +25,7 @@ from minirec.cli.common import (
     log_options,
     log_source,
     on_terminal,
+    options_of,
     progress,
     say,
     say_json,
@@ -34,52 +35,36 @@ from minirec.cli.inspect import metrics_table, remark_on_counts
 from minirec.data.describe import remarks_on_targets
 from minirec.data.split import training_windows
 from minirec.errors import UserError
-from minirec.loss import LOSSES
-from minirec.model import Config
+from minirec.parameters import Config
 from minirec.training import runs
 from minirec.training.fit import load, print_epoch, workers_for
 from minirec.training.fit import train as train_model
 from minirec.training.mpi import launched_rank, launched_ranks
+from minirec.training.options import SIZES, Training, make_settings
 from minirec.training.progress import best
-from minirec.training.runs import SELECTED_BY, Training
+from minirec.training.runs import SELECTED_BY
 
 DEFAULT_DATA = "household"
 
 
 @click.command(cls=Command)
-@click.option("--data", default=DEFAULT_DATA, help="A log of interactions, or the embedded dataset.")
+@click.option("--data", default=DEFAULT_DATA, help="The log of interactions: a file, or an embedded dataset.")
 @log_options
-@backend_option
 @click.option("--attn", type=click.Choice(known_weightings()), default=Config.attn, help="Attention weighting.")
-@click.option(
-    "--loss",
-    type=click.Choice(LOSSES),
-    default=Training.loss,
-    help="ce: all items; sampled: softmax over target and --negatives; bce: one unseen negative a position.",
-)
-@click.option("--negatives", type=SIZE, default=Training.negatives, help="For --loss sampled.")
-@click.option("--epochs", type=click.IntRange(min=1), default=Training.epochs, help="At most so many.")
-@click.option("--batch-size", type=SIZE, default=Training.batch_size, help="Sequences a step.")
-@click.option("--max-length", type=SIZE, default=Config.max_length, help="Latest items kept.")
+@click.option("--max-length", type=SIZE, default=Config.max_length, help="Latest items of a history that are kept.")
 @click.option("--hidden", type=SIZE, default=Config.hidden_size, help="Hidden size D.")
-@click.option("--blocks", type=click.IntRange(1, 1000), default=Config.n_blocks)
-@click.option("--heads", type=SIZE, default=Config.n_heads, help="They divide --hidden.")
-@click.option("--dropout", type=Number(0, 1, max_open=True), default=Config.dropout)
-@click.option("--lr", type=Number(0, min_open=True), default=Training.lr, help="Learning rate of Adam.")
-@click.option(
-    "--patience",
-    type=click.IntRange(min=1),
-    default=Training.patience,
-    help="Epochs without a gain.",
-)
-@click.option("--seed", type=click.IntRange(min=0), default=Training.seed)
-@workers_option
+@click.option("--blocks", type=click.IntRange(1, 1000), default=Config.n_blocks, help="Transformer blocks.")
+@click.option("--heads", type=SIZE, default=Config.n_heads, help="Attention heads; their number divides --hidden.")
+@click.option("--dropout", type=Number(0, 1, max_open=True), default=Config.dropout, help="Share that is dropped.")
+@options_of(Training, "loss", "negatives", "epochs", "batch_size", "lr", "patience", "seed")
 @filter_seen_option(Training.filter_seen)
+@backend_option
+@workers_option
 @click.option(
     "--mpi-buffers",
     type=click.Choice(["host", "device"]),
     default="host",
-    help="device: under mpiexec with a GPU, where MPI reads its memory.",
+    help="Under mpiexec with --backend cupy: device, where the MPI library can read a GPU's memory.",
 )
 @click.option("--out", type=click.Path(path_type=Path), help="The run folder [default: a new one below runs/].")
 @click.option("--resume", is_flag=True, help="Go on with a run that was stopped: --out, or the newest.")
@@ -109,16 +94,15 @@ def train(ctx, out, resume, as_json, mpi_buffers, **options):
     elif resume:
         say(f"{folder}: no run to go on with yet, so one is started")
     source = log_source(options["data"], options)
-    sizes = [options[name] for name in ("hidden", "blocks", "heads", "max_length", "dropout", "attn")]
     try:
-        Config(1, *sizes)
+        config = Config(1, **{name: options[option] for option, name in SIZES.items()})
     except UserError as error:
         raise click.UsageError(str(error)) from None
     log = load_log(source)
-    config = Config(len(log.items), *sizes)
+    config = replace(config, n_items=len(log.items))
     training = {option.name: options[option.name] for option in fields(Training)}
     training["workers"] = training["workers"] or workers_for(ranks)
-    settings = runs.make_settings(source, config, Training(**training))
+    settings = make_settings(source, config, Training(**training))
     folder = folder or runs.new_folder(runs.log_name(options["data"]), config.attn)
     split = runs.split_log(log, settings)
     say(f"{options['data']}: {len(log.users):,} users, {len(log.items):,} items, {len(log.sequence):,} interactions")
@@ -163,20 +147,9 @@ def train(ctx, out, resume, as_json, mpi_buffers, **options):
 def _take_over(ctx, options, settings, folder):
     """Set the options that were not given on the command line to what a run was started with."""
     model, data = settings["model"], settings["data"]
-    before = (
-        settings["training"]
-        | data
-        | {
-            "data": str(folder / runs.LOG) if data["path"] == runs.LOG else data["path"],
-            "columns": ",".join(data["columns"] or ()) or None,
-            "hidden": model["hidden_size"],
-            "blocks": model["n_blocks"],
-            "heads": model["n_heads"],
-            "max_length": model["max_length"],
-            "dropout": model["dropout"],
-            "attn": model["attn"],
-        }
-    )
+    before = settings["training"] | data | {option: model[name] for option, name in SIZES.items()}
+    before["data"] = str(folder / runs.LOG) if data["path"] == runs.LOG else data["path"]
+    before["columns"] = ",".join(data["columns"] or ()) or None
     for name in options:
         if ctx.get_parameter_source(name) is ParameterSource.DEFAULT and name != "workers":
             options[name] = before[name]

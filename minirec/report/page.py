@@ -10,7 +10,6 @@ Symbols: H heads, L positions, n keys of a row.
 
 import math
 import unicodedata
-from dataclasses import replace
 from importlib import resources
 from pathlib import Path
 
@@ -24,7 +23,6 @@ from minirec.decompose import (
     TINY,
     block_caches,
     contribution_norms,
-    decompose,
     head_norms,
     mixing_ratios,
     work_chunks,
@@ -94,33 +92,29 @@ def mixing(found):
 # A run
 
 
-def describe_run(folder, settings, parameters, log):
-    """Return what the page of a run shows, ready for JSON.
-
-    settings, parameters, log: as from runs.
-    """
-    config, records = runs.model_config(settings), runs.load_records(folder)
-    filter_seen = settings["training"]["filter_seen"]
-    test = runs.split_log(log, settings).test
+def describe_run(model):
+    """Return what the page of a run shows, ready for JSON; model: its Model, as from training.fit.load."""
+    config, records, log = model.config, model.records, model.log
+    filter_seen = model.filters_seen(None)
+    test = runs.split_log(log, model.settings).test
     trained = "+".join(dict.fromkeys(config.weightings))
     # Softmax is never substituted: where it was not trained, W_q and W_k are as drawn.
-    configs = {trained: config} | {w: replace(config, attn=w) for w in FIXED if w != trained}
-    histories = [log.sequence[a:b] for a, b in zip(test.starts, test.stops, strict=True)]
-    lengths = np.minimum(test.stops - test.starts, config.max_length)
+    models = {trained: model} | {w: model.with_attention(w) for w in FIXED if w != trained}
+    ranks = [m.ranks() for m in models.values()]
+    mixed = describe_mixing(model.decompose())
     with worker_map(usable_cores(), np) as run:
-        ranked = [rank_targets(parameters, c, log.sequence, test, filter_seen, run) for c in configs.values()]
-        ranks = [np.concatenate(list(chunks)) for chunks in ranked]
-        mixed = describe_mixing(decompose(parameters, config, histories, run))
-        users, items = explorer(parameters, configs, log, test, run, filter_seen)
+        configs = {w: m.config for w, m in models.items()}
+        users, items = explorer(model.parameters, configs, log, test, run, filter_seen)
+    lengths = np.minimum(test.stops - test.starts, config.max_length)
     return {
         "kind": "run",
-        "title": f"{log_name(settings)}, {trained} attention",
-        "facts": run_facts(folder, settings, log, records, test, ranks[0]),
-        "weightings": list(configs),
+        "title": f"{log_name(model.settings)}, {trained} attention",
+        "facts": run_facts(model, test, ranks[0]),
+        "weightings": list(models),
         "metrics": [rounded(metrics(r)) for r in ranks],
         "curves": {name: [rounded(record.get(name)) for record in records] for name in ("loss", runs.SELECTED_BY)},
         "best_epoch": best(records)["epoch"] if records else None,
-        **{"n_items": config.n_items, "filter_seen": filter_seen, "n_test": len(histories)},
+        **{"n_items": config.n_items, "filter_seen": filter_seen, "n_test": len(test.users)},
         **{"users": users, "items": [legible(log.items[i]) for i in items]},
         **mixing(mixed | {"pictures": relative_maps(mixed["pictures"], lengths)}),
     }
@@ -131,9 +125,10 @@ def log_name(settings):
     return legible(Path(settings["data"]["path"]).name)
 
 
-def run_facts(folder, settings, log, records, test, ranks):
-    """Return what a run is, as a list of [name, text]."""
-    source, model, training = settings["data"], settings["model"], settings["training"]
+def run_facts(model, test, ranks):
+    """Return what a run is, as a list of [name, text]; test: its Targets; ranks [M]: of them."""
+    config, records, log = model.config, model.records, model.log
+    source, training = model.settings["data"], model.settings["training"]
     kept = "no epoch is finished yet"
     if records:
         kept = f"epoch {best(records)['epoch']} of {len(records)}, the best on validation ({runs.SELECTED_BY})"
@@ -141,12 +136,12 @@ def run_facts(folder, settings, log, records, test, ranks):
     filters = [f"k-core {source['k_core']}"] * (source["k_core"] > 1) + ["repeats dropped"] * source["drop_repeats"]
     unreachable = int((ranks >= MISS).sum())
     facts = {
-        "Run": legible(folder.resolve().name),
-        "Log": f"{log_name(settings)}: {len(log.users):,} users, {len(log.items):,} items, "
+        "Run": legible(model.folder.resolve().name),
+        "Log": f"{log_name(model.settings)}: {len(log.users):,} users, {len(log.items):,} items, "
         f"{len(log.sequence):,} interactions (SHA-256 {source['sha256'][:12]}...)",
         "Split": ", ".join([f"{source['split']}, {len(test.users):,} test users", *filters]),
-        "Model": f"{model['n_blocks']} blocks, {model['n_heads']} heads, hidden size {model['hidden_size']}, "
-        f"the last {model['max_length']} items, dropout {model['dropout']}",
+        "Model": f"{config.n_blocks} blocks, {config.n_heads} heads, hidden size {config.hidden_size}, "
+        f"the last {config.max_length} items, dropout {config.dropout}",
         "Training": f"loss {training['loss']}, batches of {training['batch_size']}, learning rate {training['lr']:g}, "
         f"seed {training['seed']}",
         "Kept": kept,

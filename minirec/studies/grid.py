@@ -14,7 +14,7 @@ import signal
 import tempfile
 import time
 from collections import deque
-from dataclasses import asdict, replace
+from dataclasses import replace
 from multiprocessing.connection import wait
 from pathlib import Path
 from typing import NamedTuple
@@ -36,16 +36,15 @@ from minirec.studies.statistics import import_scipy
 from minirec.training import runs
 from minirec.training.fit import train
 from minirec.training.mpi import launched_rank
+from minirec.training.options import LOG_OPTIONS, Source, Training, make_settings, model_config
 from minirec.training.parallel import PROCESSES, die_with_parent, usable_cores, worker_map
 from minirec.training.progress import best, finished
 from minirec.training.ranking import rank_targets
-from minirec.training.runs import Source, Training
 
 DENSE = 0.02  # share of all user-item pairs; such logs take a dropout of 0.2, sparser ones of 0.5, as in the paper
 LONG = 100  # mean history from which the last 200 items are kept, not the last 50, as in the paper
 
 # What a study may be given, as fit; None stands for the default.
-READING = (*runs.READING, "split", "k_core", "drop_repeats")
 TRAINING = ("loss", "negatives", "epochs", "batch_size", "lr", "patience", "backend", "filter_seen")
 SIZES = {"hidden": "hidden_size", "blocks": "n_blocks", "heads": "n_heads"}
 SIZES |= {name: name for name in ("max_length", "dropout")}
@@ -71,11 +70,11 @@ def study(logs, weightings=None, seeds=3, folder=None, workers=None, read=None, 
     ranks of mpiexec but the first one. Raises UserError where a log cannot be studied, or no run comes to its end.
     """
     import_scipy()  # or say now, not after the runs, that it is missing
-    say, read = say or (lambda line: None), read or (lambda source: runs.load_log(asdict(source)))
+    say, read = say or (lambda line: None), read or runs.load_log
     weightings = tuple(dict.fromkeys(weightings or known_weightings()))
     if not {"softmax", "uniform"} <= set(weightings) <= set(known_weightings()):
         raise UserError(f"a study compares softmax with uniform, of {', '.join(known_weightings())}; not {weightings}")
-    if unknown := set(options) - {*READING, *TRAINING, *SIZES}:
+    if unknown := set(options) - {*LOG_OPTIONS, *TRAINING, *SIZES}:
         raise UserError(f"a study takes no {', '.join(sorted(unknown))}")
     datasets = {}
     for log in logs:
@@ -109,7 +108,8 @@ def prepare(name, log, options, read, say):
     """
 
     given = {key: value for key, value in options.items() if value is not None}
-    reading, training, sizes = ({k: v for k, v in given.items() if k in names} for names in (READING, TRAINING, SIZES))
+    parts = (LOG_OPTIONS, TRAINING, SIZES)
+    reading, training, sizes = ({k: v for k, v in given.items() if k in names} for names in parts)
     if log is not None:
         source = Source(runs.LOG, log.sha256(), **reading)
         log = filter_log(log, source.k_core, source.drop_repeats)
@@ -121,7 +121,7 @@ def prepare(name, log, options, read, say):
     max_length, dropout = sensible(log)
     sizes = {"max_length": max_length, "dropout": dropout} | {SIZES[key]: value for key, value in sizes.items()}
     model = Config(len(log.items), **sizes)
-    settings = runs.make_settings(source, model, Training(**training))
+    settings = make_settings(source, model, Training(**training))
     backend.load(settings["training"]["backend"])  # or say now what it lacks
     split = runs.split_log(log, settings)
     n_users, epochs = len(split.test.users), settings["training"]["epochs"]
@@ -249,7 +249,7 @@ def analyse(log, settings, folder, stop=None):
     ranks.npz: the ranks [M] of the test targets, by the run as it is ("test"), with the order of each history
     shuffled ("shuffled") and, for softmax, with uniform weights substituted ("uniform", and "uniform.I" in block I).
     """
-    config, xp = runs.model_config(settings), backend.load(settings["training"]["backend"])
+    config, xp = model_config(settings), backend.load(settings["training"]["backend"])
     filter_seen = settings["training"]["filter_seen"]
     test = runs.split_log(log, settings).test
     shuffled = shuffle_histories(log.sequence, test, config.max_length, settings["training"]["seed"])

@@ -6,12 +6,13 @@ Everything random is derived from (seed, epoch) or (seed, step), never from a ge
 stops anywhere and is resumed ends in the same bits as one that did not stop.
 """
 
+import difflib
 import sys
 import time
 import warnings
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 
 import numpy as np
@@ -25,10 +26,11 @@ from minirec.parameters import Config
 from minirec.training import runs
 from minirec.training.baselines import rank_baselines
 from minirec.training.mpi import launched_ranks
+from minirec.training.options import Source, Training, make_settings, model_config
 from minirec.training.parallel import Sampling, Team, usable_cores, worker_map
 from minirec.training.progress import Progress
 from minirec.training.ranking import MISS, metrics, rank_targets, recommend
-from minirec.training.runs import SELECTED_BY, Source, Training
+from minirec.training.runs import SELECTED_BY
 
 UNKNOWN = MISS + 1  # the rank of a target that the model does not know
 
@@ -46,7 +48,7 @@ def train(log, settings, folder=None, resume=False, on_step=None, on_epoch=None,
     {name: array} on the host. Raises UserError for a log without training data, a folder that cannot be used, a loss
     that is not finite.
     """
-    config, training = runs.model_config(settings), settings["training"]
+    config, training = model_config(settings), settings["training"]
     split = runs.split_log(log, settings)
     starts, lengths = training_windows(log, split, config.max_length)
     check_trainable(starts, split)
@@ -72,7 +74,7 @@ def train(log, settings, folder=None, resume=False, on_step=None, on_epoch=None,
                 if i + 1 < n_steps and stop and stop():
                     run.keep_unfinished(i + 1)
                     return run.records, False, run.best_parameters()
-            run.close_epoch(metrics(run.rank_validation(log.sequence, split.valid)))
+            run.close_epoch(log.sequence, split.valid)  # ranks the validation targets
             if on_epoch:
                 on_epoch(run.records[-1])
             if stop and stop():
@@ -154,9 +156,15 @@ def fit(
 ):
     """Train on a Log, and return the Model that is best on validation.
 
-    The options are those of `train`, which explains them. folder: a run folder to keep, which `load` and the command
-    line read; None: nothing is written. resume: go on with the run that the folder holds. on_epoch(record) is called
-    after each epoch; None: in silence.
+    attn: the attention weighting; seed: of initial weights, batch order and dropout; folder: a run folder to keep,
+    which `load` and the command line read (None: nothing is written).
+    The log: split, "leave-one-out" or "temporal"; k_core, keep users and items with so many interactions; drop_repeats.
+    The model: max_length, the latest items that it sees; hidden, its size D; blocks; heads; dropout.
+    Training: loss, "ce" over all items, "sampled" over `negatives` of them, or "bce"; epochs, at most so many;
+    batch_size; lr, the learning rate; patience, epochs without a gain; filter_seen, whether items that a user has had
+    are no candidates; backend, "numpy" or "cupy"; workers, processes (None: all usable cores).
+    resume: go on with the run that the folder holds; on_epoch(record): called after each epoch (None: in silence).
+    Raises UserError for an option that is not allowed, or a log that cannot be trained on.
     """
     if not isinstance(log, Log):
         raise UserError(f"fit takes a Log, not {type(log).__name__}: read_log(path) or Log.from_columns makes one")
@@ -167,25 +175,25 @@ def fit(
         loss, negatives, epochs, batch_size, lr, patience, seed, backend, filter_seen, workers or workers_for(ranks)
     )
     source = Source(runs.LOG, log.sha256(), split=split, k_core=k_core, drop_repeats=drop_repeats)
-    settings = runs.make_settings(source, config, training)
+    settings = make_settings(source, config, training)
     folder = Path(folder) if folder else None
     records, _, parameters = train(log, settings, folder, resume, on_epoch=on_epoch, ranks=ranks)
     return Model(config, parameters, log.items, settings, records, lambda: log, folder)
 
 
-def load(folder, data=None, backend=Training.backend):
-    """Return the Model of a run folder; data: where its log lies now, if that was moved.
+def load(folder, data=None, backend=Training.backend, read=runs.load_log):
+    """Return the Model of a run folder.
 
-    Raises UserError where the folder holds no run, or what it holds is damaged.
+    data: where its log lies now, if that was moved; backend: "numpy" or "cupy"; read(source): how the log is read,
+    when it is first needed. Raises UserError where the folder holds no run, or what it holds is damaged.
     """
     folder = Path(folder)
     settings = runs.load_settings(folder)
-    config = runs.model_config(settings)
+    config = model_config(settings)
     parameters = runs.load_parameters(folder, config, load_backend(backend))
     items, records = runs.load_items(folder, config), runs.load_records(folder)
-    return Model(
-        config, parameters, items, settings, records, lambda: runs.load_run_log(folder, settings, data), folder
-    )
+    read_log = partial(runs.load_run_log, folder, settings, data, read)
+    return Model(config, parameters, items, settings, records, read_log, folder)
 
 
 def workers_for(ranks):
@@ -231,10 +239,11 @@ class Model:
 
         attn: a name from attention.known_weightings(); blocks: numbers of the blocks, from 0; None: all.
         """
-        places = range(self.config.n_blocks) if blocks is None else list(blocks)
-        if not set(places) <= set(range(self.config.n_blocks)):
-            raise UserError(f"blocks {blocks}: the model has blocks 0 to {self.config.n_blocks - 1}")
-        weightings = tuple(attn if i in places else own for i, own in enumerate(self.config.weightings))
+        n_blocks = self.config.n_blocks
+        changed = range(n_blocks) if blocks is None else list(blocks)
+        if not set(changed) <= set(range(n_blocks)):
+            raise UserError(f"blocks {blocks}: the model has blocks 0 to {n_blocks - 1}")
+        weightings = tuple(attn if i in changed else trained for i, trained in enumerate(self.config.weightings))
         return replace(self, config=replace(self.config, attn=weightings), read_log=lambda: self.log)
 
     def evaluate(self, log=None, part="test", filter_seen=None, workers=None, progress=silent):
@@ -246,52 +255,49 @@ class Model:
         value is called with the number of targets that were ranked since.
         """
         filter_seen = self.filters_seen(filter_seen)
-        another = log is not None
-        log, split, ranks, missed = self._rank(log, part, filter_seen, workers, progress)
+        targets, ranks, missed = self._rank(log, part, filter_seen, workers, progress)
         result = {"split": part} | metrics(ranks) | {"users": len(ranks), "unreachable": int((ranks == MISS).sum())}
         result |= missed | {"attn": list(self.config.weightings), "filter_seen": filter_seen, "baselines": {}}
-        if not another:
-            counted = rank_baselines(log, split, getattr(split, part), filter_seen)
-            result["baselines"] = {name: metrics(found) for name, found in counted.items()}
+        if log is None:
+            counted = rank_baselines(self.log, runs.split_log(self.log, self.settings), targets, filter_seen)
+            result["baselines"] = {name: metrics(counts) for name, counts in counted.items()}
         return result
 
     def ranks(self, part="test", workers=None):
         """Return the rank [M] of each target of the log that was trained on: 0 = best, ranking.MISS = no candidate."""
-        return self._rank(None, part, self.filters_seen(None), workers, silent)[2]
+        return self._rank(None, part, self.filters_seen(None), workers, silent)[1]
 
     def filters_seen(self, wanted):
         """Return whether items that the user had before are no candidates; wanted None: as trained."""
         return self.settings["training"]["filter_seen"] if wanted is None else wanted
 
     def _rank(self, log, part, filter_seen, workers, progress):
-        """Return the Log, its Split, the ranks [M] of its targets, and {what the model does not know: so many}."""
-        another, missed = log is not None, {}
-        source = self.settings["data"]
-        log = filter_log(log, source["k_core"], source["drop_repeats"]) if another else self.log
-        split = SPLITS[source["split"]](log) if another else runs.split_log(log, self.settings)
+        """Return the Targets of a log (None: the one trained on), their ranks [M], and {what is unknown: how many}."""
         if part not in ("valid", "test"):
             raise UserError(f"part is {part!r}: choose valid or test")
-        targets = getattr(split, part)
+        if log is None:
+            targets = known = getattr(runs.split_log(self.log, self.settings), part)
+            sequence, ranked, missed = self.log.sequence, np.arange(len(targets.users)), {}
+        else:
+            source = self.settings["data"]
+            log = filter_log(log, source["k_core"], source["drop_repeats"])
+            targets = getattr(SPLITS[source["split"]](log), part)
+            sequence, known, ranked, missed = self._known_targets(log, targets)
         if not len(targets.users):
             raise UserError(f"no user has a target for {part}")
-        sequence, ranked = log.sequence, np.arange(len(targets.users))
-        if another:
-            sequence, known, ranked, missed = self._known_targets(log, targets)
-        else:
-            known = targets
         ranks, done = np.full(len(targets.users), UNKNOWN), 0
         with worker_map(workers or usable_cores(), self.xp) as run, progress(len(ranked)) as update:
             for chunk in rank_targets(self.parameters, self.config, sequence, known, filter_seen, run):
                 ranks[ranked[done : done + len(chunk)]] = chunk
                 done += len(chunk)
                 update(len(chunk))
-        return log, split, ranks, missed
+        return targets, ranks, missed
 
     def _known_targets(self, log, targets):
-        """Return, of the targets of another log, those that the model can rank; warn of how many others there are.
+        """Pick from the targets of another log those that the model can rank; warn of how many others there are.
 
-        They come as sequence and Targets in the model's numbering, and as places among all targets; then the numbers of
-        the others as {what is unknown: so many}.
+        Returns the sequence and the Targets in the model's numbering of items, their indices among all targets, and
+        {what the model does not know: how many of the others}.
         """
         known, moved = self.known_part(log)
         starts, stops = moved[targets.starts], moved[targets.stops]
@@ -299,9 +305,8 @@ class Model:
         ranked = np.flatnonzero(has_target & has_history)
         missed = {"unknown_targets": ~has_target, "unknown_histories": has_target & ~has_history}
         missed = {name: int(count.sum()) for name, count in missed.items()}
-        for count, what in zip(
-            missed.values(), ("targets are", "histories before a known target are all"), strict=True
-        ):
+        words = ("targets are", "histories before a known target are all")
+        for count, what in zip(missed.values(), words, strict=True):
             if count:
                 tell(f"{count:,} of {len(starts):,} {what} unknown to the model: they count as misses")
         return known.sequence, Targets(targets.users[ranked], starts[ranked], stops[ranked]), ranked, missed
@@ -324,18 +329,21 @@ class Model:
         return known, moved
 
     def history(self, history):
-        """Return a history as item numbers: names are looked up, those that the model does not know left out."""
-        numbers = {name: i for i, name in enumerate(self.items)}
-        given = list(history)
-        known = [numbers.get(item, -1) if isinstance(item, str) else int(item) for item in given]
-        if any(not -1 <= item < len(self.items) for item in known):
+        """Return a history, item names or numbers, as numbers [n]; names that the model does not know are left out."""
+        numbers, items = {name: i for i, name in enumerate(self.items)}, list(history)
+        known = [numbers.get(item) if isinstance(item, str) else int(item) for item in items]
+        unknown = [item for item, number in zip(items, known, strict=True) if number is None]
+        known = np.array([number for number in known if number is not None], int)
+        if not len(known):
+            near = difflib.get_close_matches(unknown[0], self.items, 1) if unknown else []
+            named = f": {files.few(unknown)}" if unknown else ""
+            like = (near or self.items)[0]
+            raise UserError(f"history: the model knows none of its items{named}; items look like {like!r}")
+        if not 0 <= known.min() <= known.max() < len(self.items):
             raise UserError(f"item numbers go from 0 to {len(self.items) - 1}")
-        unknown = [item for item, number in zip(given, known, strict=True) if number == -1]
-        if len(unknown) == len(given):
-            raise UserError(f"the model knows none of these items; those that it knows look like {self.items[0]!r}")
         if unknown:
-            tell(f"left out, unknown to the model: {', '.join(map(repr, unknown[:3]))}")
-        return np.array([number for number in known if number >= 0])
+            tell(f"left out, unknown to the model: {files.few(unknown)}")
+        return known
 
     def recommend(self, history, k=10, filter_seen=None):
         """Return the k best items after a history, oldest item first, as [(name, score)], best first."""
@@ -363,9 +371,11 @@ class Model:
     def save(self, folder):
         """Write a run folder, its log in it: `load` gives this model again, and the same numbers."""
         folder, log = Path(folder), self.log
-        source = self.settings["data"] | {"path": runs.LOG, "sha256": log.sha256()} | runs.READING
+        before = self.settings["data"]
+        source = Source(runs.LOG, log.sha256(), **{name: before[name] for name in ("split", "k_core", "drop_repeats")})
         with runs.opened(folder, resume=False):
-            runs.write_settings(folder, self.settings | {"model": asdict(self.config), "data": source}, log)
+            settings = self.settings | {"model": asdict(self.config), "data": asdict(source)}
+            runs.write_settings(folder, settings, log)
             files.write_json_lines(folder / "metrics.jsonl", self.records)
             files.write_arrays(folder / "checkpoint.npz", {n: backend.to_host(x) for n, x in self.parameters.items()})
 
