@@ -14,7 +14,7 @@ from minirec.data.read import read_log
 from minirec.data.split import SPLITS, leave_one_out
 from minirec.errors import UserError
 from minirec.training import runs
-from minirec.training.options import Source
+from minirec.training.settings import Source
 
 SEQUENCES = st.lists(st.lists(st.integers(0, 6), min_size=1, max_size=12), min_size=2, max_size=10)
 

@@ -14,8 +14,8 @@ from minirec.report import page
 from minirec.studies import grid, results
 from minirec.training import ranking, runs
 from minirec.training.fit import load
-from minirec.training.options import settings_fingerprint
 from minirec.training.progress import best
+from minirec.training.settings import settings_fingerprint
 
 OPTIONS = {True: "--filter-seen", False: "--no-filter-seen"}
 SMALL = ("--hidden", 8, "--heads", 1, "--dropout", 0.1, "--lr", 0.01)

@@ -32,7 +32,7 @@ from minirec.studies import results as showing
 from minirec.studies.plots import relative_maps
 from minirec.training import baselines, ranking, runs
 from minirec.training.fit import train
-from minirec.training.options import Source
+from minirec.training.settings import Source
 
 pytest.importorskip("scipy", reason="the study needs scipy")
 

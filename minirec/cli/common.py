@@ -1,41 +1,27 @@
-"""What all commands share: the group that ends errors in one line, options, progress, how a log is asked for."""
+"""What all commands share: the group that ends errors in one line, what is said, progress, logs and runs."""
 
 import codecs
 import io
 import json
-import math
 import os
-import shlex
 import shutil
 import sys
 import time
 from contextlib import contextmanager
-from dataclasses import fields, replace
-from pathlib import Path
+from dataclasses import replace
 
 import click
 
-from minirec import backend
+from minirec.cli.options import given
 from minirec.errors import UserError
 from minirec.training import runs
 from minirec.training.fit import load
 from minirec.training.mpi import abort, launched_rank
-from minirec.training.options import LARGEST, LOG_OPTIONS, Range, Source, Training
+from minirec.training.settings import LOG_OPTIONS, Source, Training
 
-SIZE = click.IntRange(1, LARGEST)
 BAR = 20  # characters
 PROGRAM = "python cli.py"  # what our texts call the command line; shown is what it was called by
 INTERRUPTED = 130  # the shell's exit status after Ctrl-C
-
-
-class Number(click.FloatRange):
-    """A range that NaN and infinity lie outside of; click's own lets NaN through."""
-
-    def convert(self, value, param, ctx):
-        number = super().convert(value, param, ctx)
-        if not math.isfinite(number):
-            self.fail(f"{value} is not a finite number.", param, ctx)
-        return number
 
 
 def escape_what_cannot_be_shown():
@@ -124,10 +110,6 @@ def say_json(value):
     click.echo(json.dumps(value, allow_nan=False))
 
 
-def comma_list(text):
-    return [part.strip() for part in text.split(",")] if text else None
-
-
 def on_terminal():
     """Whether stderr is a terminal that this process may draw on; a closed one is none."""
     return not launched_rank() and sys.stderr is not None and sys.stderr.isatty()
@@ -153,72 +135,10 @@ def reading(path):
         yield update
 
 
-def run_argument(command):
-    return click.argument("run", required=False, type=click.Path(path_type=Path))(command)
-
-
-data_option = click.option("--data", help="Where the run's log lies now, if it was moved.")
-any_data_option = click.option(
-    "--data", help="Where the run's log lies now, or another log to take; items are matched by name."
-)
-backend_option = click.option("--backend", type=click.Choice(backend.BACKENDS), default="numpy")
-workers_option = click.option(
-    "--workers", type=click.IntRange(min=1), help="How many work at a time [default: all usable cores]."
-)
-
-
-def filter_seen_option(default):
-    """Return the option that says whether items that a user has had are candidates; None: as the run was trained."""
-    words = "Rank only items that the user has not had; where people buy again, all items."
-    words += " [default: as trained]" if default is None else ""
-    return click.option("--filter-seen/--no-filter-seen", default=default, show_default=bool(default), help=words)
-
-
-json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object, nothing else, on stdout.")
-
-
-def typed(name):
-    """Return an option's name as it is typed."""
-    return f"--{name.replace('_', '-')}"
-
-
-def options_of(choices, *names):
-    """Return a decorator that gives a command the options for some fields of Source or Training, in that order."""
-    described = {choice.name: choice for choice in fields(choices)}
-
-    def add(command):
-        for name in reversed(names):
-            default, allowed = described[name].default, described[name].metadata["allowed"]
-            words = {"help": described[name].metadata["text"], "metavar": described[name].metadata["metavar"]}
-            if isinstance(allowed, Range):
-                most = allowed.most if math.isfinite(allowed.most) else None
-                words["type"] = (click.IntRange if allowed.kind is int else Number)(allowed.least, most)
-            elif isinstance(allowed, tuple):
-                words["type"] = click.Choice(allowed)
-            command = click.option(typed(name), default=default, is_flag=allowed is bool, **words)(command)
-        return command
-
-    return add
-
-
-log_options = options_of(Source, *LOG_OPTIONS)  # how a log is read, filtered and split
-
-
-def given(options, *names):
-    """Return those of the named log options that are not at their defaults, as they would be typed."""
-    words = []
-    for name in LOG_OPTIONS:
-        value = options.get(name)
-        if name in names and value and value != getattr(Source, name):
-            text = ",".join(value) if isinstance(value, list) else str(value)
-            words += [typed(name)] if value is True else [typed(name), shlex.quote(text)]
-    return "".join(f" {word}" for word in words)
-
-
 def log_source(path, options):
     """Return the Source of a log that was named on the command line, its fingerprint taken."""
-    how = {name: options[name] for name in LOG_OPTIONS} | {"columns": comma_list(options["columns"])}
-    return Source(path if runs.is_planted(path) else os.path.abspath(path), runs.fingerprint(path), **how)
+    whole = path if runs.is_planted(path) else os.path.abspath(path)
+    return Source(whole, runs.fingerprint(path), **{name: options[name] for name in LOG_OPTIONS})
 
 
 def load_log(source, tell=True, to_split=True):

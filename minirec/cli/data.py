@@ -8,13 +8,11 @@ from pathlib import Path
 
 import click
 
+from minirec.cli import options
 from minirec.cli.common import (
     INTERRUPTED,
     Command,
-    given,
-    json_option,
     load_log,
-    log_options,
     log_source,
     one_line,
     progress,
@@ -102,9 +100,9 @@ def catalogue_table(entries):
 
 @click.command(cls=Command)
 @click.argument("path", metavar="FILE")
-@log_options
-@json_option
-def describe(path, as_json, **options):
+@options.log
+@options.as_json
+def describe(path, as_json, **log_options):
     """What is in a log, and what would a study make of it?
 
     FILE may also be an embedded one: chain, taste, household.
@@ -112,21 +110,21 @@ def describe(path, as_json, **options):
     \b
     python cli.py describe ratings.csv --columns who,what,when --k-core 5
     """
-    source = replace(log_source(path, options), path=path)  # as it was typed
+    source = replace(log_source(path, log_options), path=path)  # as it was typed
     log = load_log(source, tell=False)
     result = describe_log(log, runs.split_log(log, {"data": asdict(source)}), source.drop_repeats)
     result["study"] = dict(zip(("max_length", "dropout"), studying.sensible(log), strict=True))
     if as_json:
         say_json({"path": path, "read_as": log.read_as, "remarks": log.remarks} | result)
         return
-    filtered = given(options, "k_core", "drop_repeats")
+    filtered = options.given(log_options, "k_core", "drop_repeats")
     click.echo(f"{path}{log.read_as and f', read as {log.read_as}'}{filtered and f', after{filtered}'}\n")
     for number, (user, item, when) in enumerate(log.first_rows):
         row = f"user {few([user])}, item {few([item])}" + (f", time {few([when])}" if when else "")
         click.echo(f"{'' if number else 'first rows':<15}{row}")
-    click.echo("\n".join(description(result, options["split"])))
+    click.echo("\n".join(description(result, source.split)))
     if all(result["split"][f"{part}_users"] for part in ("train", "valid", "test")):
-        say(f"next: python cli.py study --data {shlex.quote(path)}{given(options, *options)}")
+        say(f"next: python cli.py study --data {shlex.quote(path)}{options.given(log_options, *log_options)}")
     else:
         say("too small to study: no user to train on, or none to test; filter less, or take a larger log")
 

@@ -14,21 +14,8 @@ import numpy as np
 
 from minirec import files
 from minirec.attention import known_weightings
-from minirec.cli.common import (
-    Command,
-    another_log,
-    any_data_option,
-    backend_option,
-    data_option,
-    filter_seen_option,
-    json_option,
-    opened,
-    progress,
-    run_argument,
-    say,
-    say_json,
-    workers_option,
-)
+from minirec.cli import options
+from minirec.cli.common import Command, another_log, opened, progress, say, say_json
 from minirec.data.describe import remarks_on_repeats
 from minirec.decompose import RATIOS, contributions
 from minirec.errors import UserError
@@ -70,15 +57,15 @@ def metrics_table(part, columns):
 
 
 @click.command(cls=Command)
-@run_argument
-@any_data_option
+@options.run
+@options.any_data
 @click.option("--split", type=click.Choice(["valid", "test"]), default="test")
-@filter_seen_option(None)
+@options.filter_seen(None)
 @click.option("--attn", type=click.Choice(known_weightings()), help="Replace the trained weighting.")
 @click.option("--attn-blocks", metavar="I,J", help="Replace it in these blocks only; 0 is the first.")
-@backend_option
-@workers_option
-@json_option
+@options.backend
+@options.workers
+@options.as_json
 def evaluate(run, data, split, filter_seen, attn, attn_blocks, backend, workers, as_json):
     """How well does a model rank? HR, NDCG and MRR over all items.
 
@@ -122,12 +109,12 @@ def _block_numbers(text, n_blocks):
 
 
 @click.command(cls=Command)
-@run_argument
-@data_option
+@options.run
+@options.data
 @click.option("--out", type=click.Path(path_type=Path), help="Write decomposition.npz and heatmaps to this folder.")
-@backend_option
-@workers_option
-@json_option
+@options.backend
+@options.workers
+@options.as_json
 def decompose(run, data, out, backend, workers, as_json):
     """How much do the attention blocks mix positions?
 
@@ -174,8 +161,8 @@ def _write_decomposition(folder, result):
 
 
 @click.command(cls=Command)
-@run_argument
-@any_data_option
+@options.run
+@options.any_data
 @click.option("--user", help="A user of the log [default: its first].")
 @click.option("--history", metavar="A,B,C", help="Item ids, oldest first, instead of a user.")
 @click.option("--users", metavar="FILE", help="The users that a file names, one a line; needs --out.")
@@ -183,10 +170,10 @@ def _write_decomposition(folder, result):
 @click.option("--top", type=click.IntRange(min=1), default=10, help="How many items.")
 @click.option("--explain", is_flag=True, help="Show which history items the prediction is made of.")
 @click.option("--out", type=click.Path(path_type=Path, dir_okay=False), help="The CSV file for --all and --users.")
-@filter_seen_option(None)
-@backend_option
-@workers_option
-@json_option
+@options.filter_seen(None)
+@options.backend
+@options.workers
+@options.as_json
 def recommend(run, data, user, history, users, everyone, top, explain, out, filter_seen, backend, workers, as_json):
     """Which items does a model rank highest, and why?
 
@@ -364,8 +351,8 @@ def _explain(model, sequence, most=10):
 
 
 @click.command(cls=Command)
-@run_argument
-@data_option
+@options.run
+@options.data
 @click.option("--out", type=click.Path(path_type=Path, dir_okay=False), help="[default: report.html in the folder].")
 def report(run, data, out):
     """What is a prediction made of? A page to look into.

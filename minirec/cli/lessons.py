@@ -8,7 +8,8 @@ import click
 from minirec import files
 from minirec.attention import known_weightings
 from minirec.backend import load as load_backend
-from minirec.cli.common import PROGRAM, Command, as_called, backend_option, progress, say
+from minirec.cli import options
+from minirec.cli.common import PROGRAM, Command, as_called, progress, say
 from minirec.errors import UserError
 from minirec.lesson import exercises, recording
 from minirec.lesson import gradcheck as checking
@@ -20,7 +21,7 @@ LARGEST = 1 << 20  # bytes of a student's file
 
 @click.command(cls=Command)
 @click.option("--attn", type=click.Choice(known_weightings()), help="One weighting [default: all].")
-@backend_option
+@options.backend
 def gradcheck(attn, backend):
     """Are the hand-derived gradients right? Central differences tell.
 

@@ -7,22 +7,8 @@ import click
 
 from minirec import files
 from minirec.attention import known_weightings
-from minirec.cli.common import (
-    INTERRUPTED,
-    SIZE,
-    Command,
-    Number,
-    backend_option,
-    comma_list,
-    filter_seen_option,
-    json_option,
-    load_log,
-    log_options,
-    on_terminal,
-    one_line,
-    say,
-    say_json,
-)
+from minirec.cli import options
+from minirec.cli.common import INTERRUPTED, Command, load_log, on_terminal, one_line, say, say_json
 from minirec.data import planted
 from minirec.errors import UserError
 from minirec.studies import grid, plots
@@ -32,21 +18,21 @@ from minirec.training import runs
 
 @click.command(cls=Command)
 @click.option("--data", multiple=True, help="A log; give it once a log [default: the embedded datasets].")
-@log_options
+@options.log
 @click.option("--attn", type=click.Choice(known_weightings()), multiple=True, help="Weightings [default: all].")
 @click.option("--seeds", type=click.IntRange(1, 1000), default=3, help="Runs of each weighting.")
 @click.option("--epochs", type=click.IntRange(min=1), help="At most so many [default: 200; embedded datasets 60].")
 @click.option("--patience", type=click.IntRange(min=1), help="Epochs without a gain [default: 10; embedded 4 or 6].")
-@click.option("--lr", type=Number(0, min_open=True), help="Learning rate [default: 0.001; embedded up to 0.002].")
-@click.option("--max-length", type=SIZE, help="Latest items kept [default: 200 for long histories, else 50].")
-@click.option("--dropout", type=Number(0, 1, max_open=True), help="[default: 0.2 for dense logs, else 0.5].")
-@backend_option
-@filter_seen_option(True)
+@click.option("--lr", type=options.RATE, help="Learning rate [default: 0.001; embedded datasets up to 0.002].")
+@click.option("--max-length", type=options.SIZE, help="Latest items kept [default: 200 for long histories, else 50].")
+@click.option("--dropout", type=options.SHARE, help="[default: 0.2 for dense logs, else 0.5].")
+@options.backend
+@options.filter_seen(True)
 @click.option("--workers", type=click.IntRange(min=1), help="Runs at a time [default: all usable cores].")
 @click.option("--figures", type=click.Choice(["png", "pdf", "svg"]), default="png")
 @click.option("--out", type=click.Path(path_type=Path), help="[default: runs/study, or runs/study-LOG].")
-@json_option
-def study(data, attn, columns, out, figures, as_json, **options):
+@options.as_json
+def study(data, attn, out, figures, as_json, **chosen):
     """Is learned attention needed on this data? The verdict.
 
     A grid of runs: trains every attention weighting with the same seeds, measures how much the
@@ -66,11 +52,9 @@ def study(data, attn, columns, out, figures, as_json, **options):
         if not runs.is_planted(name):
             raise UserError(f"{name} is a file here: study it with --data {name}, or the embedded {name} elsewhere")
     out = out or runs.RUNS / "-".join(["study", *map(runs.log_name, data)])[: files.LONGEST_NAME]
-    options |= {"weightings": attn, "columns": comma_list(columns), "folder": out}
     try:
-        results = grid.study(
-            data or list(planted.DATASETS), read=load_log, say=tell, show=show if on_terminal() else None, **options
-        )
+        shown = {"read": load_log, "say": tell, "show": show if on_terminal() else None}
+        results = grid.study(data or list(planted.DATASETS), attn, folder=out, **shown, **chosen)
     except KeyboardInterrupt:
         say("\nstopped; the same command goes on from here")
         raise click.exceptions.Exit(INTERRUPTED) from None
@@ -89,7 +73,7 @@ def study(data, attn, columns, out, figures, as_json, **options):
     except ImportError:
         say("no figures: they need matplotlib; pip install 'minirec[study]'")
     say(f"wrote {out}: {', '.join(written)}")
-    if len(results) < max(len(data), 1) or any(len(result["seeds"]) < options["seeds"] for result in results.values()):
+    if len(results) < max(len(data), 1) or any(len(result["seeds"]) < chosen["seeds"] for result in results.values()):
         raise UserError("some runs failed (see above); the same command tries them again")
 
 

@@ -13,24 +13,8 @@ import click
 from click.core import ParameterSource
 
 from minirec.attention import known_weightings
-from minirec.cli.common import (
-    INTERRUPTED,
-    SIZE,
-    Command,
-    Number,
-    backend_option,
-    filter_seen_option,
-    json_option,
-    load_log,
-    log_options,
-    log_source,
-    on_terminal,
-    options_of,
-    progress,
-    say,
-    say_json,
-    workers_option,
-)
+from minirec.cli import options
+from minirec.cli.common import INTERRUPTED, Command, load_log, log_source, on_terminal, progress, say, say_json
 from minirec.cli.inspect import metrics_table, remark_on_counts
 from minirec.data.describe import remarks_on_targets
 from minirec.data.split import training_windows
@@ -40,26 +24,26 @@ from minirec.training import runs
 from minirec.training.fit import load, print_epoch, workers_for
 from minirec.training.fit import train as train_model
 from minirec.training.mpi import launched_rank, launched_ranks
-from minirec.training.options import SIZES, Training, make_settings
 from minirec.training.progress import best
 from minirec.training.runs import SELECTED_BY
+from minirec.training.settings import SIZES, Training, make_settings
 
 DEFAULT_DATA = "household"
 
 
 @click.command(cls=Command)
 @click.option("--data", default=DEFAULT_DATA, help="The log of interactions: a file, or an embedded dataset.")
-@log_options
+@options.log
 @click.option("--attn", type=click.Choice(known_weightings()), default=Config.attn, help="Attention weighting.")
-@click.option("--max-length", type=SIZE, default=Config.max_length, help="Latest items of a history that are kept.")
-@click.option("--hidden", type=SIZE, default=Config.hidden_size, help="Hidden size D.")
+@click.option("--max-length", type=options.SIZE, default=Config.max_length, help="Latest items of a history to keep.")
+@click.option("--hidden", type=options.SIZE, default=Config.hidden_size, help="Hidden size D.")
 @click.option("--blocks", type=click.IntRange(1, 1000), default=Config.n_blocks, help="Transformer blocks.")
-@click.option("--heads", type=SIZE, default=Config.n_heads, help="Attention heads; their number divides --hidden.")
-@click.option("--dropout", type=Number(0, 1, max_open=True), default=Config.dropout, help="Share that is dropped.")
-@options_of(Training, "loss", "negatives", "epochs", "batch_size", "lr", "patience", "seed")
-@filter_seen_option(Training.filter_seen)
-@backend_option
-@workers_option
+@click.option("--heads", type=options.SIZE, default=Config.n_heads, help="Attention heads: a divisor of --hidden.")
+@click.option("--dropout", type=options.SHARE, default=Config.dropout, help="Share of values dropped in training.")
+@options.of(Training, "loss", "negatives", "epochs", "batch_size", "lr", "patience", "seed")
+@options.filter_seen(Training.filter_seen)
+@options.backend
+@options.workers
 @click.option(
     "--mpi-buffers",
     type=click.Choice(["host", "device"]),
@@ -68,9 +52,9 @@ DEFAULT_DATA = "household"
 )
 @click.option("--out", type=click.Path(path_type=Path), help="The run folder [default: a new one below runs/].")
 @click.option("--resume", is_flag=True, help="Go on with a run that was stopped: --out, or the newest.")
-@json_option
+@options.as_json
 @click.pass_context
-def train(ctx, out, resume, as_json, mpi_buffers, **options):
+def train(ctx, out, resume, as_json, mpi_buffers, **chosen):
     """Train one model, and keep the epoch that is best on validation.
 
     \b
@@ -82,34 +66,27 @@ def train(ctx, out, resume, as_json, mpi_buffers, **options):
     began = time.perf_counter()
     ranks = launched_ranks(mpi_buffers)
     if ranks.size > 1 and not (out or resume):
-        out = ranks.broadcast(lambda: runs.new_folder(runs.log_name(options["data"]), options["attn"]))
+        out = ranks.broadcast(lambda: runs.new_folder(runs.log_name(chosen["data"]), chosen["attn"]))
     folder = out or (runs.newest_folder("resume", ("config.json",)) if resume else None)
-    given = ctx.get_parameter_source("data") is not ParameterSource.DEFAULT
-    before = runs.load_settings(folder) if resume and os.path.exists(folder / "config.json") else None
-    if before:
-        _take_over(ctx, options, before, folder)
-        runs.find_log(folder, before, options["data"] if given else None)
-    elif resume and all(ctx.get_parameter_source(name) is ParameterSource.DEFAULT for name in options):
-        raise UserError(f"{folder}: no run to go on with; start it with the options that it is to have")
-    elif resume:
-        say(f"{folder}: no run to go on with yet, so one is started")
-    source = log_source(options["data"], options)
+    if resume:
+        _take_over(ctx, chosen, folder)
+    source = log_source(chosen["data"], chosen)
     try:
-        config = Config(1, **{name: options[option] for option, name in SIZES.items()})
+        config = Config(1, **{name: chosen[option] for option, name in SIZES.items()})
     except UserError as error:
         raise click.UsageError(str(error)) from None
     log = load_log(source)
     config = replace(config, n_items=len(log.items))
-    training = {option.name: options[option.name] for option in fields(Training)}
-    training["workers"] = training["workers"] or workers_for(ranks)
+    workers = chosen["workers"] or workers_for(ranks)
+    training = {option.name: chosen[option.name] for option in fields(Training)} | {"workers": workers}
     settings = make_settings(source, config, Training(**training))
-    folder = folder or runs.new_folder(runs.log_name(options["data"]), config.attn)
+    folder = folder or runs.new_folder(runs.log_name(chosen["data"]), config.attn)
     split = runs.split_log(log, settings)
-    say(f"{options['data']}: {len(log.users):,} users, {len(log.items):,} items, {len(log.sequence):,} interactions")
+    say(f"{chosen['data']}: {len(log.users):,} users, {len(log.items):,} items, {len(log.sequence):,} interactions")
     parts = [len(training_windows(log, split, config.max_length)[0]), len(split.valid.users), len(split.test.users)]
     if min(parts) < len(log.users):
         say("of the users, {:,} are trained on, {:,} have a validation target, {:,} a test target".format(*parts))
-    for line in remarks_on_targets(log, split, options["filter_seen"]):
+    for line in remarks_on_targets(log, split, chosen["filter_seen"]):
         say(line)
     say(f"{config.attn} attention, {config.n_blocks} blocks, D = {config.hidden_size} -> {folder}")
 
@@ -118,7 +95,7 @@ def train(ctx, out, resume, as_json, mpi_buffers, **options):
         with interruptible() if ranks.size == 1 else nullcontext(threading.Event()) as asked_to_stop:
             records, complete, _ = _train_with_progress(log, settings, folder, resume, asked_to_stop, ranks)
     except MemoryError:  # CuPy's is one too
-        half = f"--batch-size {max(1, options['batch_size'] // 2)}"
+        half = f"--batch-size {max(1, chosen['batch_size'] // 2)}"
         raise UserError(f"out of memory; start a new run with {half}, or a smaller --max-length or --hidden") from None
     if ranks.rank > 0:
         return
@@ -128,31 +105,36 @@ def train(ctx, out, resume, as_json, mpi_buffers, **options):
     if asked_to_stop.is_set():
         say("training has come to its end; only the test is left")
 
-    chosen = best(records)
-    model = replace(load(folder, backend=training["backend"]), read_log=lambda: log)
-    test = model.evaluate(workers=training["workers"], progress=partial(progress, "ranking"))
+    kept = best(records)
+    model = replace(load(folder, backend=chosen["backend"]), read_log=lambda: log)
+    test = model.evaluate(workers=workers, progress=partial(progress, "ranking"))
     counted, *_ = (test.pop(name) for name in ("baselines", "attn", "filter_seen"))
     remark_on_counts(test, counted)
-    say(f"{time.perf_counter() - began:.0f} s; kept epoch {chosen['epoch']} of {len(records)}, the best on validation")
+    say(f"{time.perf_counter() - began:.0f} s; kept epoch {kept['epoch']} of {len(records)}, the best on validation")
     if as_json:
         totals = {name: sum(record[name] for record in records) for name in ("steps", "train_seconds")}
-        valid = {name: value for name, value in chosen.items() if "@" in name}
-        result = {"run": str(folder), "epochs": len(records), "best_epoch": chosen["epoch"], "loss": chosen["loss"]}
+        valid = {name: value for name, value in kept.items() if "@" in name}
+        result = {"run": str(folder), "epochs": len(records), "best_epoch": kept["epoch"], "loss": kept["loss"]}
         say_json(result | totals | {"valid": valid, "test": test, "baselines": counted})
     else:
         click.echo(metrics_table("test", {config.attn: test} | counted))
         say("next: python cli.py evaluate --attn uniform; python cli.py decompose; python cli.py recommend")
 
 
-def _take_over(ctx, options, settings, folder):
-    """Set the options that were not given on the command line to what a run was started with."""
+def _take_over(ctx, chosen, folder):
+    """Set the options that were not typed to what the run in a folder was started with, and verify its log."""
+    typed = {name for name in chosen if ctx.get_parameter_source(name) is not ParameterSource.DEFAULT}
+    if not os.path.exists(folder / "config.json"):
+        if not typed:
+            raise UserError(f"{folder}: no run to go on with; start it with the options that it is to have")
+        say(f"{folder}: no run to go on with yet, so one is started")
+        return
+    settings = runs.load_settings(folder)
     model, data = settings["model"], settings["data"]
     before = settings["training"] | data | {option: model[name] for option, name in SIZES.items()}
     before["data"] = str(folder / runs.LOG) if data["path"] == runs.LOG else data["path"]
-    before["columns"] = ",".join(data["columns"] or ()) or None
-    for name in options:
-        if ctx.get_parameter_source(name) is ParameterSource.DEFAULT and name != "workers":
-            options[name] = before[name]
+    chosen |= {name: before[name] for name in set(chosen) - typed - {"workers"}}
+    runs.find_log(folder, settings, chosen["data"] if "data" in typed else None)
 
 
 @contextmanager

@@ -36,10 +36,10 @@ from minirec.studies.statistics import import_scipy
 from minirec.training import runs
 from minirec.training.fit import train
 from minirec.training.mpi import launched_rank
-from minirec.training.options import LOG_OPTIONS, Source, Training, make_settings, model_config
 from minirec.training.parallel import PROCESSES, die_with_parent, usable_cores, worker_map
 from minirec.training.progress import best, finished
 from minirec.training.ranking import rank_targets
+from minirec.training.settings import LOG_OPTIONS, Source, Training, make_settings, model_config
 
 DENSE = 0.02  # share of all user-item pairs; such logs take a dropout of 0.2, sparser ones of 0.5, as in the paper
 LONG = 100  # mean history from which the last 200 items are kept, not the last 50, as in the paper

@@ -26,11 +26,11 @@ from minirec.parameters import Config
 from minirec.training import runs
 from minirec.training.baselines import rank_baselines
 from minirec.training.mpi import launched_ranks
-from minirec.training.options import Source, Training, make_settings, model_config
 from minirec.training.parallel import Sampling, Team, usable_cores, worker_map
 from minirec.training.progress import Progress
 from minirec.training.ranking import MISS, metrics, rank_targets, recommend
 from minirec.training.runs import SELECTED_BY
+from minirec.training.settings import Source, Training, make_settings, model_config
 
 UNKNOWN = MISS + 1  # the rank of a target that the model does not know
 

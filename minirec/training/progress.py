@@ -12,10 +12,10 @@ from minirec.data.split import Targets
 from minirec.errors import UserError
 from minirec.parameters import unflatten
 from minirec.training import runs
-from minirec.training.options import model_config
 from minirec.training.parallel import Memory, worker_map
 from minirec.training.ranking import metrics, rank_targets
 from minirec.training.runs import SELECTED_BY
+from minirec.training.settings import model_config
 from minirec.training.state import initial_state, load_state, save_state
 
 

@@ -1,6 +1,6 @@
 """The run folder: what a training run leaves behind, and the log that it was trained on.
 
-    config.json          its settings (see options.py)
+    config.json          its settings (see settings.py)
     items.json           item names; their order is the model's numbering
     metrics.jsonl        one line an epoch
     checkpoint.npz       the parameters that did best on validation
@@ -28,7 +28,7 @@ from minirec.data.read import read_log
 from minirec.errors import UserError
 from minirec.files import LONGEST_NAME
 from minirec.parameters import parameter_shapes
-from minirec.training.options import LATER, Range, Source, check_settings, fixed_settings, model_config
+from minirec.training.settings import LATER, Range, Source, check_settings, fixed_settings, model_config
 
 STATES = ("state.npz", "state.previous.npz")  # the newest first
 LOG = "log.npz"

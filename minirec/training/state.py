@@ -14,8 +14,8 @@ import numpy as np
 from minirec.errors import UserError
 from minirec.files import opened_arrays, write_arrays
 from minirec.parameters import init_parameters, parameter_count
-from minirec.training.options import model_config, settings_fingerprint
 from minirec.training.runs import STATES, check_same
+from minirec.training.settings import model_config, settings_fingerprint
 
 VERSION = 2  # 1 said neither its version nor its settings
 ARRAYS = {  # beside "version" and "settings"
