@@ -5,7 +5,7 @@ import signal
 import threading
 import time
 from contextlib import contextmanager, nullcontext
-from dataclasses import fields, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -26,7 +26,7 @@ from minirec.training.fit import train as train_model
 from minirec.training.mpi import launched_rank, launched_ranks
 from minirec.training.progress import best
 from minirec.training.runs import SELECTED_BY
-from minirec.training.settings import SIZES, Training, make_settings
+from minirec.training.settings import SIZES, Training, make_settings, model_config
 
 DEFAULT_DATA = "household"
 
@@ -72,14 +72,12 @@ def train(ctx, out, resume, as_json, mpi_buffers, **chosen):
         _take_over(ctx, chosen, folder)
     source = log_source(chosen["data"], chosen)
     try:
-        config = Config(1, **{name: chosen[option] for option, name in SIZES.items()})
+        make_settings(source, 1, chosen)
     except UserError as error:
         raise click.UsageError(str(error)) from None
-    log = load_log(source)
-    config = replace(config, n_items=len(log.items))
-    workers = chosen["workers"] or workers_for(ranks)
-    training = {option.name: chosen[option.name] for option in fields(Training)} | {"workers": workers}
-    settings = make_settings(source, config, Training(**training))
+    log, chosen["workers"] = load_log(source), chosen["workers"] or workers_for(ranks)
+    settings = make_settings(source, len(log.items), chosen)
+    config = model_config(settings)
     folder = folder or runs.new_folder(runs.log_name(chosen["data"]), config.attn)
     split = runs.split_log(log, settings)
     say(f"{chosen['data']}: {len(log.users):,} users, {len(log.items):,} items, {len(log.sequence):,} interactions")
@@ -107,7 +105,7 @@ def train(ctx, out, resume, as_json, mpi_buffers, **chosen):
 
     kept = best(records)
     model = replace(load(folder, backend=chosen["backend"]), read_log=lambda: log)
-    test = model.evaluate(workers=workers, progress=partial(progress, "ranking"))
+    test = model.evaluate(workers=chosen["workers"], progress=partial(progress, "ranking"))
     counted, *_ = (test.pop(name) for name in ("baselines", "attn", "filter_seen"))
     remark_on_counts(test, counted)
     say(f"{time.perf_counter() - began:.0f} s; kept epoch {kept['epoch']} of {len(records)}, the best on validation")

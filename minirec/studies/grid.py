@@ -28,7 +28,6 @@ from minirec.data.log import filter_log
 from minirec.data.split import training_windows
 from minirec.decompose import decompose
 from minirec.errors import UserError
-from minirec.model import Config
 from minirec.packing import spans
 from minirec.studies import results
 from minirec.studies.results import describe_mixing, load_analysis, substitutions
@@ -39,15 +38,12 @@ from minirec.training.mpi import launched_rank
 from minirec.training.parallel import PROCESSES, die_with_parent, usable_cores, worker_map
 from minirec.training.progress import best, finished
 from minirec.training.ranking import rank_targets
-from minirec.training.settings import LOG_OPTIONS, Source, Training, make_settings, model_config
+from minirec.training.settings import LOG_OPTIONS, SIZES, TRAINING, Source, make_settings, model_config, picked
 
 DENSE = 0.02  # share of all user-item pairs; such logs take a dropout of 0.2, sparser ones of 0.5, as in the paper
 LONG = 100  # mean history from which the last 200 items are kept, not the last 50, as in the paper
 
-# What a study may be given, as fit; None stands for the default.
-TRAINING = ("loss", "negatives", "epochs", "batch_size", "lr", "patience", "backend", "filter_seen")
-SIZES = {"hidden": "hidden_size", "blocks": "n_blocks", "heads": "n_heads"}
-SIZES |= {name: name for name in ("max_length", "dropout")}
+OPTIONS = {*LOG_OPTIONS, *SIZES, *TRAINING} - {"attn", "seed", "workers"}  # what a study takes, as fit does
 # The planted logs must show their regimes in minutes. taste is learned in ten epochs, and smaller steps make its seeds
 # agree; drift is learned on a plateau, and less patience would end some of its runs there.
 PLANTED = {"epochs": 60, "batch_size": 32, "lr": 2e-3, "patience": 4}
@@ -74,7 +70,7 @@ def study(logs, weightings=None, seeds=3, folder=None, workers=None, read=None, 
     weightings = tuple(dict.fromkeys(weightings or known_weightings()))
     if not {"softmax", "uniform"} <= set(weightings) <= set(known_weightings()):
         raise UserError(f"a study compares softmax with uniform, of {', '.join(known_weightings())}; not {weightings}")
-    if unknown := set(options) - {*LOG_OPTIONS, *TRAINING, *SIZES}:
+    if unknown := set(options) - OPTIONS:
         raise UserError(f"a study takes no {', '.join(sorted(unknown))}")
     datasets = {}
     for log in logs:
@@ -107,21 +103,18 @@ def prepare(name, log, options, read, say):
     name: the log's, or where log is None a path or a planted log's name; the rest: as in study.
     """
 
-    given = {key: value for key, value in options.items() if value is not None}
-    parts = (LOG_OPTIONS, TRAINING, SIZES)
-    reading, training, sizes = ({k: v for k, v in given.items() if k in names} for names in parts)
+    reading, defaults = picked(options, LOG_OPTIONS), {}
     if log is not None:
         source = Source(runs.LOG, log.sha256(), **reading)
         log = filter_log(log, source.k_core, source.drop_repeats)
     else:
         planted = runs.is_planted(name)
         source = Source(name if planted else os.path.abspath(name), runs.fingerprint(name), **reading)
-        training = PLANTED | OF_LOG.get(name, {}) | training if planted else training
+        defaults = PLANTED | OF_LOG.get(name, {}) if planted else {}
         name, log = runs.log_name(name), read(source)
-    max_length, dropout = sensible(log)
-    sizes = {"max_length": max_length, "dropout": dropout} | {SIZES[key]: value for key, value in sizes.items()}
-    model = Config(len(log.items), **sizes)
-    settings = make_settings(source, model, Training(**training))
+    defaults |= dict(zip(("max_length", "dropout"), sensible(log), strict=True))
+    settings = make_settings(source, len(log.items), defaults | picked(options, OPTIONS))
+    model = model_config(settings)
     backend.load(settings["training"]["backend"])  # or say now what it lacks
     split = runs.split_log(log, settings)
     n_users, epochs = len(split.test.users), settings["training"]["epochs"]

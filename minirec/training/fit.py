@@ -30,9 +30,10 @@ from minirec.training.parallel import Sampling, Team, usable_cores, worker_map
 from minirec.training.progress import Progress
 from minirec.training.ranking import MISS, metrics, rank_targets, recommend
 from minirec.training.runs import SELECTED_BY
-from minirec.training.settings import Source, Training, make_settings, model_config
+from minirec.training.settings import SIZES, TRAINING, Source, Training, make_settings, model_config, picked
 
 UNKNOWN = MISS + 1  # the rank of a target that the model does not know
+SPLITTING = ("split", "k_core", "drop_repeats")  # the options of a log that was read already
 
 
 def train(log, settings, folder=None, resume=False, on_step=None, on_epoch=None, stop=None, ranks=None):
@@ -128,32 +129,7 @@ def print_epoch(record):
     )
 
 
-def fit(
-    log,
-    attn=Config.attn,
-    seed=Training.seed,
-    folder=None,
-    *,
-    split=Source.split,
-    k_core=Source.k_core,
-    drop_repeats=Source.drop_repeats,
-    max_length=Config.max_length,
-    hidden=Config.hidden_size,
-    blocks=Config.n_blocks,
-    heads=Config.n_heads,
-    dropout=Config.dropout,
-    loss=Training.loss,
-    negatives=Training.negatives,
-    epochs=Training.epochs,
-    batch_size=Training.batch_size,
-    lr=Training.lr,
-    patience=Training.patience,
-    filter_seen=Training.filter_seen,
-    backend=Training.backend,
-    workers=None,
-    resume=False,
-    on_epoch=print_epoch,
-):
+def fit(log, attn=Config.attn, seed=Training.seed, folder=None, *, resume=False, on_epoch=print_epoch, **options):
     """Train on a Log, and return the Model that is best on validation.
 
     attn: the attention weighting; seed: of initial weights, batch order and dropout; folder: a run folder to keep,
@@ -168,17 +144,15 @@ def fit(
     """
     if not isinstance(log, Log):
         raise UserError(f"fit takes a Log, not {type(log).__name__}: read_log(path) or Log.from_columns makes one")
-    log = filter_log(log, k_core, drop_repeats)
-    config = Config(len(log.items), hidden, blocks, heads, max_length, dropout, attn)
-    ranks = launched_ranks()
-    training = Training(
-        loss, negatives, epochs, batch_size, lr, patience, seed, backend, filter_seen, workers or workers_for(ranks)
-    )
-    source = Source(runs.LOG, log.sha256(), split=split, k_core=k_core, drop_repeats=drop_repeats)
-    settings = make_settings(source, config, training)
-    folder = Path(folder) if folder else None
+    if unknown := set(options) - {*SPLITTING, *SIZES, *TRAINING}:
+        raise UserError(f"fit takes no {', '.join(sorted(unknown))}")
+    source = Source(runs.LOG, **picked(options, SPLITTING))
+    log = filter_log(log, source.k_core, source.drop_repeats)
+    ranks, folder = launched_ranks(), Path(folder) if folder else None
+    options |= {"attn": attn, "seed": seed, "workers": options.get("workers") or workers_for(ranks)}
+    settings = make_settings(replace(source, sha256=log.sha256()), len(log.items), options)
     records, _, parameters = train(log, settings, folder, resume, on_epoch=on_epoch, ranks=ranks)
-    return Model(config, parameters, log.items, settings, records, lambda: log, folder)
+    return Model(model_config(settings), parameters, log.items, settings, records, lambda: log, folder)
 
 
 def load(folder, data=None, backend=Training.backend, read=runs.load_log):
@@ -371,8 +345,7 @@ class Model:
     def save(self, folder):
         """Write a run folder, its log in it: `load` gives this model again, and the same numbers."""
         folder, log = Path(folder), self.log
-        before = self.settings["data"]
-        source = Source(runs.LOG, log.sha256(), **{name: before[name] for name in ("split", "k_core", "drop_repeats")})
+        source = Source(runs.LOG, log.sha256(), **picked(self.settings["data"], SPLITTING))
         with runs.opened(folder, resume=False):
             settings = self.settings | {"model": asdict(self.config), "data": asdict(source)}
             runs.write_settings(folder, settings, log)

@@ -92,23 +92,30 @@ class Training:
     workers: int = option(1, Range(1))
 
 
-MODEL = {  # limits that a file from a stranger is held to; Config checks the rest
-    "n_items": Range(1, 1 << 31),
-    "hidden_size": Range(1, LARGEST),
-    "n_blocks": Range(1, 1000),
-    "n_heads": Range(1, LARGEST),
-    "max_length": Range(1, LARGEST),
-}
-SIZES = {"hidden": "hidden_size", "blocks": "n_blocks", "heads": "n_heads"}  # what options call fields of Config
+TRAINING = tuple(choice.name for choice in fields(Training))
+SIZES = {"hidden": "hidden_size", "blocks": "n_blocks", "heads": "n_heads"}  # {option: what Config calls it}
 SIZES |= {name: name for name in ("max_length", "dropout", "attn")}
+# What a file from a stranger is held to; Config checks the rest.
+LIMITS = {name: Range(1, LARGEST) for name in ("hidden_size", "n_heads", "max_length")}
+LIMITS |= {"n_items": Range(1, 1 << 31), "n_blocks": Range(1, 1000)}
 
 
-def make_settings(source, config, training):
-    """Return the settings of a run, as config.json holds them. Raises UserError where one of them is not allowed."""
+def picked(options, names):
+    """Return those of some options that have a value; None stands for the default."""
+    return {name: options[name] for name in names if options.get(name) is not None}
+
+
+def make_settings(source, n_items, options):
+    """Return the settings of a run, as config.json holds them.
+
+    source: Source; options: {name: value}, of which those of SIZES and TRAINING are taken. Raises UserError where one
+    is not allowed.
+    """
+    model = {SIZES[name]: value for name, value in picked(options, SIZES).items()}
     settings = {
         "data": asdict(source),
-        "model": asdict(config),
-        "training": asdict(training) | {"protocol": PROTOCOL},
+        "model": asdict(Config(n_items, **model)),
+        "training": asdict(Training(**picked(options, TRAINING))) | {"protocol": PROTOCOL},
         "versions": {"minirec": __version__, "python": platform.python_version(), "numpy": np.__version__},
     }
     check_settings(settings)
@@ -117,7 +124,7 @@ def make_settings(source, config, training):
 
 def check_settings(settings):
     """Raise UserError where a setting is missing or has a value that is not allowed."""
-    rules = [("model", name, limits, 0) for name, limits in MODEL.items()]
+    rules = [("model", name, limits, 0) for name, limits in LIMITS.items()]
     for part, choices in (("data", Source), ("training", Training)):
         rules += [(part, choice.name, choice.metadata["allowed"], choice.default) for choice in fields(choices)]
     for part, name, allowed, default in rules:
