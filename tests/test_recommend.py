@@ -18,9 +18,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from minirec import model
-from minirec.cli import inspect, main
+from minirec.cli import main
 from minirec.data import log as data
-from minirec.training import ranking, runs
+from minirec.training import fit, ranking, runs
 from minirec.training.parallel import AHEAD, worker_map
 
 
@@ -220,15 +220,15 @@ def test_an_interrupted_export_leaves_nothing(run, small_chunks, tmp_path, monke
                 raise KeyboardInterrupt
             yield chunk
 
-    monkeypatch.setattr(inspect, "recommend_items", interrupted)
+    monkeypatch.setattr(fit, "recommend", interrupted)
     call("recommend", run, "--all", "--out", tmp_path / "all.csv", status=130)
     assert (tmp_path / "all.csv").read_text() == "before" and os.listdir(tmp_path) == ["all.csv"]
 
 
 def test_what_a_killed_export_left_is_replaced_by_the_next(run, tmp_path):
     slow = (
-        "import sys, time; from minirec.cli import inspect, main; real = inspect.recommend_items; "
-        "inspect.recommend_items = lambda *a: (time.sleep(9), *real(*a))"
+        "import sys, time; from minirec.cli import main; from minirec.training import fit; real = fit.recommend; "
+        "fit.recommend = lambda *a: (time.sleep(9), *real(*a))"
     )
     code = f"{slow}; main(sys.argv[1:])"
     command = [sys.executable, "-c", code, "recommend", run, "--all", "--out", tmp_path / "all.csv"]

@@ -123,7 +123,9 @@ def progress(label, length, least=0):
         return
     room = max(0, shutil.get_terminal_size().columns - len(label) - BAR - 30)  # beside the bar stand percent and time
     shown = lambda text: text and text[:room]  # a longer line would wrap, and its beginning stay on the screen
-    with click.progressbar(length=length, label=label, width=BAR, file=sys.stderr, item_show_func=shown) as bar:
+    # Fewer steps than a thousandth would be drawn in vain; 0: a new text alone is drawn too.
+    how = {"file": sys.stderr, "width": BAR, "item_show_func": shown, "update_min_steps": length // 1000}
+    with click.progressbar(length=length, label=label, **how) as bar:
         yield bar.update
 
 

@@ -22,9 +22,7 @@ from minirec.errors import UserError
 from minirec.files import few
 from minirec.report import page as reporting
 from minirec.training import runs
-from minirec.training.parallel import usable_cores, worker_map
 from minirec.training.ranking import CUTOFFS
-from minirec.training.ranking import recommend as recommend_items
 from minirec.training.runs import SELECTED_BY
 
 
@@ -59,30 +57,32 @@ def metrics_table(part, columns):
 @click.command(cls=Command)
 @options.run
 @options.any_data
-@click.option("--split", type=click.Choice(["valid", "test"]), default="test")
+@click.option("--split", type=click.Choice(["valid", "test"]), default="test", help="Whose targets to rank.")
 @options.filter_seen(None)
-@click.option("--attn", type=click.Choice(known_weightings()), help="Replace the trained weighting.")
-@click.option("--attn-blocks", metavar="I,J", help="Replace it in these blocks only; 0 is the first.")
+@click.option("--attn", type=click.Choice(known_weightings()), help="Substitute this weighting for the trained one.")
+@click.option("--attn-blocks", type=options.numbers, metavar="I,J", help="Only in these blocks; 0 is the first.")
 @options.backend
 @options.workers
 @options.as_json
 def evaluate(run, data, split, filter_seen, attn, attn_blocks, backend, workers, as_json):
     """How well does a model rank? HR, NDCG and MRR over all items.
 
-    Beside the model stand two rankings by counts, which learn nothing: popularity, and transitions, how often an item
-    followed the user's last one. --attn replaces the attention weights of the trained model: does it need those that it
-    learned? Another log with --data is split as the run's; targets that the model does not know are misses, and counts
-    of what it was trained on are not at hand.
+    Two rankings that learn nothing are shown for comparison: popularity, and transitions, which count how often an item
+    followed the user's last one. With --attn the attention weights of the trained model are replaced: does it need
+    those that it learned? With --data another log is ranked, split as the run's log was. Targets that the model does
+    not know are then misses, and the two rankings by counts are left out.
 
     \b
     python cli.py evaluate runs/household-softmax-1 --attn uniform --attn-blocks 1
     python cli.py evaluate --data today.csv
     """
     if attn_blocks is not None and not attn:
-        raise click.UsageError("--attn-blocks says where; --attn must say what to put there.")
+        raise click.UsageError("--attn-blocks needs --attn, which names the weighting to substitute.")
     model = opened(run, "evaluate", backend, data)
-    if attn:
-        model = model.with_attention(attn, _block_numbers(attn_blocks, model.config.n_blocks))
+    try:
+        model = model.with_attention(attn, attn_blocks) if attn else model
+    except UserError as error:
+        raise click.UsageError(f"--attn-blocks: {error}") from None
     filter_seen = filters_seen(model, filter_seen)
     with another_log(model, data, to_split=True) as log:
         result = model.evaluate(log, split, filter_seen, workers, partial(progress, "ranking"))
@@ -95,17 +95,6 @@ def evaluate(run, data, split, filter_seen, attn, attn_blocks, backend, workers,
         weightings = dict.fromkeys(result["attn"])
         names = "+".join(result["attn"] if len(weightings) > 1 else weightings)
         click.echo(metrics_table(split, {names: result} | result["baselines"]))
-
-
-def _block_numbers(text, n_blocks):
-    """Return the numbers in "0,1"; None for None, which stands for all blocks."""
-    if text is None:
-        return None
-    words = [word.strip() for word in text.split(",")]
-    for word in words:
-        if word not in map(str, range(n_blocks)):
-            raise click.UsageError(f"--attn-blocks: {word!r} is no block; this run has 0 to {n_blocks - 1}.")
-    return [int(word) for word in words]
 
 
 @click.command(cls=Command)
@@ -186,7 +175,7 @@ def recommend(run, data, user, history, users, everyone, top, explain, out, filt
     python cli.py recommend --all --out recommendations.csv --data today.csv
     """
     many = everyone or users is not None
-    if (user is not None) + (history is not None) + (users is not None) + everyone > 1:
+    if sum(choice is not None for choice in (user, history, users, everyone or None)) > 1:
         raise click.UsageError("choose one of --user, --history, --users and --all.")
     if many != bool(out):
         raise click.UsageError("--all and --users need --out FILE.csv, and --out needs one of them.")
@@ -257,9 +246,7 @@ def _user_history(model, data, user):
     sequence = log.history(number)
     left_out = int(lengths[number]) - len(sequence)
     if not len(sequence):
-        raise UserError(
-            f"nothing to recommend to user {user!r} of {path}: all {left_out} items are unknown to the model"
-        )
+        raise UserError(f"nothing to recommend to user {user!r} of {path}: the model knows none of {left_out} items")
     say(f"user {user}, {len(sequence)} items" + (f"; unknown to the model: {left_out} more" if left_out else ""))
     return user, sequence, left_out
 
@@ -274,9 +261,7 @@ def _recommend_many(model, data, names_path, top, out, filter_seen, workers):
         if os.path.exists(path) and os.path.exists(out) and os.path.samefile(path, out):
             raise UserError(f"{out}: is read from; choose another --out")
     log, _ = _known_histories(model, data)
-    users, unknown = np.arange(len(log.users)), 0
-    if names_path is not None:
-        users, unknown = _named_users(names_path, log, log_path)
+    users, unknown = _named_users(names_path, log, log_path) if names_path else (np.arange(len(log.users)), 0)
     known = np.diff(log.offsets)[users] > 0
     if not known.all():
         names = [log.users[u] for u in users[~known]]
@@ -296,19 +281,14 @@ def _write_lists(file, model, log, users, top, filter_seen, workers):
     """Write the rows of some users, by their numbers in the log, to a file; return for how many there was a list."""
     writer = csv.writer(SimpleNamespace(write=lambda text: file.write(text.encode())), lineterminator="\n")
     writer.writerow(("user", "rank", "item", "score"))
-    histories = (log.history(u) for u in users)
-    done = written = 0
-    with worker_map(workers or usable_cores(), model.xp) as run_map, progress("recommending", len(users)) as update:
-        for order, scores in recommend_items(model.parameters, model.config, histories, top, run_map, filter_seen):
-            chunk = users[done : done + len(order)]  # no iterator: zip would take a user too many from it
-            for user, row, row_scores in zip(chunk, order, scores, strict=True):
-                for rank, (item, score) in enumerate(zip(row, row_scores, strict=True), 1):
-                    if score > -np.inf:
-                        writer.writerow((log.users[user], rank, model.items[item], f"{score:.4f}"))
-                written += row_scores[0] > -np.inf
-            done += len(order)
-            update(len(order))
-    return int(written)
+    lists, written = model.recommend_many(map(log.history, users), top, filter_seen, workers), 0
+    with progress("recommending", len(users)) as update:
+        for user, best in zip(users, lists, strict=True):
+            name = log.users[user]
+            writer.writerows((name, rank, item, f"{score:.4f}") for rank, (item, score) in enumerate(best, 1))
+            written += bool(best)
+            update(1)
+    return written
 
 
 def _named_users(path, log, log_path):
@@ -339,9 +319,8 @@ def _unquoted(line):
 
 def _explain(model, sequence, most=10):
     """Print the AttnResLN contribution norms to the latest position, as shares a block."""
-    shares = [
-        norms[-1] / max(norms[-1].sum(), 1e-30) for norms in contributions(model.parameters, model.config, sequence)
-    ]
+    norms = [square[-1] for square in contributions(model.parameters, model.config, sequence)]  # [L] a block
+    shares = [row / max(row.sum(), 1e-30) for row in norms]
     recent = sequence[-model.config.max_length :]
     click.echo(f"\n{'share of the last position':<36}" + "".join(f"{'block ' + str(i):>9}" for i in range(len(shares))))
     for j in sorted(range(len(recent)), key=lambda j: -sum(share[j] for share in shares))[:most]:

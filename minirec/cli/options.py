@@ -30,6 +30,10 @@ def comma_list(text):
     return [part.strip() for part in text.split(",")] if text else None
 
 
+def numbers(text):
+    return [int(part) for part in text.split(",")]
+
+
 def typed(name):
     """Return an option's name as it is typed."""
     return f"--{name.replace('_', '-')}"

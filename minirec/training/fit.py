@@ -321,12 +321,23 @@ class Model:
 
     def recommend(self, history, k=10, filter_seen=None):
         """Return the k best items after a history, oldest item first, as [(name, score)], best first."""
+        (best,) = self.recommend_many([self.history(history)], k, filter_seen, workers=1)
+        return best
+
+    def recommend_many(self, histories, k=10, filter_seen=None, workers=None):
+        """Yield what `recommend` returns for each of many histories, in order.
+
+        histories: an iterable of arrays of item numbers, none empty, which is read a chunk at a time; workers: threads
+        (None: all usable cores). Where filter_seen leaves fewer than k candidates, the list is shorter.
+        """
         if k < 1:
             raise UserError(f"k is {k}: at least 1 item is recommended")
-        sequence, filter_seen = self.history(history), self.filters_seen(filter_seen)
-        ((order, scores),) = recommend(self.parameters, self.config, [sequence], k, filter_seen=filter_seen)
-        pairs = zip(order[0], scores[0], strict=True)
-        return [(self.items[item], float(score)) for item, score in pairs if score > -np.inf]
+        filter_seen = self.filters_seen(filter_seen)
+        with worker_map(workers or usable_cores(), self.xp) as run:
+            for chunk in recommend(self.parameters, self.config, histories, k, run, filter_seen):
+                for items, scores in zip(*chunk, strict=True):
+                    pairs = zip(items, scores, strict=True)
+                    yield [(self.items[item], float(score)) for item, score in pairs if score > -np.inf]
 
     def attention(self, history):
         """Return the attention matrices of a history's latest items, [H, L, L] a block."""
