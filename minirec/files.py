@@ -1,8 +1,8 @@
 """Files: written so that no crash can damage them, read so that no content can do harm.
 
-A file is written beside its final name, synced and renamed: it is the old one or the new one, never half of
-one. What is read is data, perhaps a stranger's: nothing is unpickled, a link or a pipe in a file's place is
-refused, and sizes are looked at before anything of that size is made.
+A file is written under another name, synced and renamed: there is the old one or the new one, never half of one. What
+is read is data, perhaps a stranger's: nothing is unpickled, a link or a pipe instead of a file is refused, and sizes
+are checked before memory of that size is taken.
 """
 
 import base64
@@ -51,7 +51,7 @@ def few(names):
 def write(path, fill):
     """Write the file that a person named, by fill(file), and return what that returns.
 
-    A link's target is written, a device or a pipe into.
+    Where the path is a link, its target is replaced; a device or a pipe is written into.
     """
     if not os.path.exists(path) or os.path.isfile(path) or os.path.isdir(path):
         return replace(Path(os.path.realpath(path)), fill)
@@ -60,11 +60,10 @@ def write(path, fill):
 
 
 def replace(path, fill, previous=None):
-    """Write a file by fill(file), and return what that returns: all of it, or, whatever happens, none.
+    """Write a file by fill(file), and return what that returns. Whatever happens, the file is whole: old or new.
 
-    previous: the path at which the file that was there before is kept. Raises UserError where it cannot be
-    written, where something else than a file is in its place, since a link could lead anywhere, or where another
-    process is writing it.
+    previous: the path under which the old file is kept. Raises UserError where it cannot be written, where the path is
+    a link (it could lead anywhere) or anything else but a file, or where another process is writing it.
     """
     temporary = path.with_name(f".{path.name}.tmp")
     with naming(path, "cannot be written"):
@@ -97,7 +96,7 @@ def replace(path, fill, previous=None):
 
 
 def _keep(path, previous):
-    """Make `previous` a second name of a file; there is no moment at which either name holds nothing whole."""
+    """Make `previous` a second name of a file. At every moment, both names are those of whole files."""
     temporary = previous.with_name(f".{previous.name}.tmp")
     temporary.unlink(missing_ok=True)
     try:
@@ -203,8 +202,8 @@ def read_json_lines(path):
 def opened_arrays(path):
     """Open an npz file; yield {name: (shape, dtype)}, and read(name), which returns that array.
 
-    The arrays' headers alone are read at first, and what they announce lies in the file, byte for byte: so no
-    file makes anything larger than itself. Raises UserError, also for what is wrong with a read(name).
+    At first only the headers of the arrays are read. What they announce must lie in the file, byte for byte, so that no
+    array takes more memory than the file is long. Raises UserError, also where a read(name) fails.
     """
     with opened(path) as file:
         try:

@@ -15,7 +15,7 @@ from minirec.training import baselines
 @pytest.mark.parametrize("filter_seen", [True, False])
 @pytest.mark.parametrize("split, part", [("leave-one-out", "valid"), ("leave-one-out", "test"), ("temporal", "test")])
 def test_baselines_equal_counting_by_hand(rng, monkeypatch, places_at_a_time, filter_seen, split, part):
-    monkeypatch.setattr(baselines, "PLACES_AT_A_TIME", places_at_a_time)
+    monkeypatch.setattr(baselines, "ENTRIES_AT_A_TIME", places_at_a_time)
     steps = [rng.integers(1, 4, size=rng.integers(2, 9)) for _ in range(41)]  # so that transitions come again
     log = log_of([(rng.integers(12) + np.cumsum(s)) % 12 for s in steps] + [np.arange(12)])
     joined = rng.integers(90, size=len(log.users))  # some are trained on not at all, some entirely

@@ -59,7 +59,7 @@ def plain_scores(parameters, history):
 @pytest.fixture
 def small_chunks(monkeypatch):
     """Rank 33 cases at a time, in chunks of 16, 16 and 1; recommend to 16 users at a time; encode a few together."""
-    monkeypatch.setattr(ranking, "CASES_AT_A_TIME", 33)
+    monkeypatch.setattr(ranking, "TARGETS_AT_A_TIME", 33)
     small = packing.CPU_PLAN._replace(loss_bytes=1, loss_rows=1, micro_batch_tokens=30)
     monkeypatch.setattr(packing, "CPU_PLAN", small)
     assert packing.chunk_rows(np, CONFIG.n_items, 8) == 16

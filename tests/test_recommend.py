@@ -96,7 +96,7 @@ def run(train, histories, tmp_path_factory):
 @pytest.fixture
 def small_chunks(monkeypatch):
     monkeypatch.setattr(ranking, "chunk_rows", lambda *_: 7)
-    monkeypatch.setattr(ranking, "CASES_AT_A_TIME", 7)
+    monkeypatch.setattr(ranking, "TARGETS_AT_A_TIME", 7)
 
 
 def exported(path):

@@ -338,7 +338,7 @@ REFUSED = {  # what may have become of state.npz, and how it is named
     "truncated": (lambda path: os.truncate(path, path.stat().st_size - 200), "not a readable npz"),
     "empty": (lambda path: os.truncate(path, 0), "not a readable npz"),
     "flipped bits": (flip_a_bit, "not a readable npz"),
-    "gone": (lambda path: path.unlink(), "no such file"),
+    "gone": (lambda path: path.unlink(), "No such file"),
     "an older version": (lambda path: rewrite(path, version=None, settings=None), "another version"),
     "a newer version": (lambda path: rewrite(path, version=np.int64(3)), "another version"),
     "a strange version": (lambda path: rewrite(path, version=np.array([{}], object).astype(str)), "another version"),

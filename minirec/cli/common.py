@@ -12,7 +12,7 @@ from dataclasses import replace
 
 import click
 
-from minirec.cli.options import given
+from minirec.cli.options import typed
 from minirec.errors import UserError
 from minirec.training import runs
 from minirec.training.fit import load
@@ -190,6 +190,6 @@ def another_log(model, data, to_split):
         say(f"{data}: another log than {model.folder} was trained on: {counts}")
         yield log
     except UserError as error:
-        words = given(model.settings["data"], *LOG_OPTIONS) or " no options"
+        words = typed(model.settings["data"], *LOG_OPTIONS) or " no options"
         how = f"--data {data} is read and split as the log of {model.folder}, with{words}"
         raise UserError(f"{error if data in str(error) else f'{data}: {error}'}; {how}") from None

@@ -117,14 +117,14 @@ def describe(path, as_json, **log_options):
     if as_json:
         say_json({"path": path, "read_as": log.read_as, "remarks": log.remarks} | result)
         return
-    filtered = options.given(log_options, "k_core", "drop_repeats")
+    filtered = options.typed(log_options, "k_core", "drop_repeats")
     click.echo(f"{path}{log.read_as and f', read as {log.read_as}'}{filtered and f', after{filtered}'}\n")
     for number, (user, item, when) in enumerate(log.first_rows):
         row = f"user {few([user])}, item {few([item])}" + (f", time {few([when])}" if when else "")
         click.echo(f"{'' if number else 'first rows':<15}{row}")
     click.echo("\n".join(description(result, source.split)))
     if all(result["split"][f"{part}_users"] for part in ("train", "valid", "test")):
-        say(f"next: python cli.py study --data {shlex.quote(path)}{options.given(log_options, *log_options)}")
+        say(f"next: python cli.py study --data {shlex.quote(path)}{options.typed(log_options, *log_options)}")
     else:
         say("too small to study: no user to train on, or none to test; filter less, or take a larger log")
 

@@ -6,22 +6,21 @@ import os
 import re
 import shlex
 from functools import partial
-from pathlib import Path
 from types import SimpleNamespace
 
 import click
 import numpy as np
 
 from minirec import files
-from minirec.attention import known_weightings
 from minirec.cli import options
-from minirec.cli.common import Command, another_log, opened, progress, say, say_json
+from minirec.cli.common import Command, another_log, load_log, opened, progress, say, say_json
 from minirec.data.describe import remarks_on_repeats
 from minirec.decompose import RATIOS, contributions
 from minirec.errors import UserError
 from minirec.files import few
 from minirec.report import page as reporting
 from minirec.training import runs
+from minirec.training.fit import load
 from minirec.training.ranking import CUTOFFS
 from minirec.training.runs import SELECTED_BY
 
@@ -59,7 +58,7 @@ def metrics_table(part, columns):
 @options.any_data
 @click.option("--split", type=click.Choice(["valid", "test"]), default="test", help="Whose targets to rank.")
 @options.filter_seen(None)
-@click.option("--attn", type=click.Choice(known_weightings()), help="Substitute this weighting for the trained one.")
+@click.option("--attn", type=options.WEIGHTING, help="Substitute this weighting for the trained one.")
 @click.option("--attn-blocks", type=options.numbers, metavar="I,J", help="Only in these blocks; 0 is the first.")
 @options.backend
 @options.workers
@@ -82,7 +81,7 @@ def evaluate(run, data, split, filter_seen, attn, attn_blocks, backend, workers,
     try:
         model = model.with_attention(attn, attn_blocks) if attn else model
     except UserError as error:
-        raise click.UsageError(f"--attn-blocks: {error}") from None
+        raise click.UsageError(str(error)) from None
     filter_seen = filters_seen(model, filter_seen)
     with another_log(model, data, to_split=True) as log:
         result = model.evaluate(log, split, filter_seen, workers, partial(progress, "ranking"))
@@ -100,16 +99,17 @@ def evaluate(run, data, split, filter_seen, attn, attn_blocks, backend, workers,
 @click.command(cls=Command)
 @options.run
 @options.data
-@click.option("--out", type=click.Path(path_type=Path), help="Write decomposition.npz and heatmaps to this folder.")
+@click.option("--out", type=options.PATH, help="Write decomposition.npz and heatmaps to this folder.")
 @options.backend
 @options.workers
 @options.as_json
 def decompose(run, data, out, backend, workers, as_json):
     """How much do the attention blocks mix positions?
 
-    The ratio is |mixed| / (|mixed| + |kept|) over the test users' histories: 0 keeps each position as
-    it is, 1 replaces it by the others. Shown for the attention output alone (Attn), with the residual
-    (AttnRes) and after the layer norm (AttnResLN, the paper's figure).
+    The mixing ratio is |mixed| / (|mixed| + |kept|), over the histories of the test users: at 0 a position stays as it
+    is, at 1 it is replaced by others. It is shown for the attention output alone (Attn), with the residual added
+    (AttnRes), and after the layer norm (AttnResLN, the paper's figure). The entropy of the attention weights A is
+    relative: at 1 they are uniform.
 
     \b
     python cli.py decompose --out decomposition     with arrays and heatmaps
@@ -152,13 +152,13 @@ def _write_decomposition(folder, result):
 @click.command(cls=Command)
 @options.run
 @options.any_data
-@click.option("--user", help="A user of the log [default: its first].")
-@click.option("--history", metavar="A,B,C", help="Item ids, oldest first, instead of a user.")
-@click.option("--users", metavar="FILE", help="The users that a file names, one a line; needs --out.")
-@click.option("--all", "everyone", is_flag=True, help="All users of the log; needs --out.")
-@click.option("--top", type=click.IntRange(min=1), default=10, help="How many items.")
-@click.option("--explain", is_flag=True, help="Show which history items the prediction is made of.")
-@click.option("--out", type=click.Path(path_type=Path, dir_okay=False), help="The CSV file for --all and --users.")
+@click.option("--user", help="Recommend to this user of the log [default: its first user].")
+@click.option("--history", metavar="A,B,C", help="Recommend after these item ids, oldest first.")
+@click.option("--users", metavar="FILE", help="Recommend to the users named in a file, one a line; needs --out.")
+@click.option("--all", "everyone", is_flag=True, help="Recommend to all users of the log; needs --out.")
+@click.option("--top", type=options.COUNT, default=10, help="How many items to recommend.")
+@click.option("--explain", is_flag=True, help="Show how much each item of the history contributes.")
+@click.option("--out", type=options.FILE, help="The CSV file for --all or --users.")
 @options.filter_seen(None)
 @options.backend
 @options.workers
@@ -166,8 +166,8 @@ def _write_decomposition(folder, result):
 def recommend(run, data, user, history, users, everyone, top, explain, out, filter_seen, backend, workers, as_json):
     """Which items does a model rank highest, and why?
 
-    Users and histories are those of the log that the model was trained on, or of another one with --data: what
-    the model does not know of it is left out.
+    Users and histories are those of the log that the model was trained on, or those of another log with --data. Items
+    that the model does not know are left out.
 
     \b
     python cli.py recommend --history "item 3,item 17" --explain
@@ -254,7 +254,7 @@ def _user_history(model, data, user):
 def _recommend_many(model, data, names_path, top, out, filter_seen, workers):
     """Write user,rank,item,score for all users of the log, or for those that a file names; return what --json says.
 
-    They are written as they are ranked: nothing here grows with their number but a number for each.
+    They are written while they are ranked: of each user, only a number is kept in memory.
     """
     log_path = data or model.settings["data"]["path"]
     for path in filter(None, (names_path, log_path)):
@@ -292,21 +292,20 @@ def _write_lists(file, model, log, users, top, filter_seen, workers):
 
 
 def _named_users(path, log, log_path):
-    """Return the numbers of the users that a file names, one a line, in its order; and how many names are no user's."""
+    """Return the numbers of the users that a file names, in its order, and how many of its names are no users."""
     lines = [line for line in files.read_lines(path) if line.strip()]
     if not lines:
         raise UserError(f"{path}: names no user; one a line is expected")
+    numbers = {name: u for u, name in enumerate(log.users)}
     readings = {line: (line, line.strip(), _unquoted(line)) for line in lines}
-    wanted = {name for names in readings.values() for name in names}
-    numbers = {name: u for u, name in enumerate(log.users) if name in wanted}
-    found = {line: next((numbers[n] for n in names if n in numbers), None) for line, names in readings.items()}
-    unknown = [line for line, u in found.items() if u is None]
-    users = np.array(list(dict.fromkeys(u for u in found.values() if u is not None)), int)
+    matched = {line: next((numbers[n] for n in names if n in numbers), None) for line, names in readings.items()}
+    unknown = [line for line, u in matched.items() if u is None]
+    users = np.array(list(dict.fromkeys(u for u in matched.values() if u is not None)), int)
     if not len(users):
         raise UserError(f"{path}: none of its names is a user of {log_path}: {few(unknown)}")
     if unknown:
         say(f"{path}: {len(unknown):,} names are no users of {log_path}: {few(unknown)}")
-    if again := sum(found[line] is not None for line in lines) - len(users):
+    if again := sum(matched[line] is not None for line in lines) - len(users):
         say(f"{path}: {again:,} of {len(lines):,} lines name a user again, who gets one list")
     return users, len(unknown)
 
@@ -332,13 +331,13 @@ def _explain(model, sequence, most=10):
 @click.command(cls=Command)
 @options.run
 @options.data
-@click.option("--out", type=click.Path(path_type=Path, dir_okay=False), help="[default: report.html in the folder].")
+@click.option("--out", type=options.FILE, help="The page [default: report.html in the folder].")
 def report(run, data, out):
     """What is a prediction made of? A page to look into.
 
-    Writes one HTML file that needs no network. Of a run: its metrics, how much it mixes, and predictions to take
-    apart, with what attention weight says of each history item beside what the item contributes. Of a study's
-    folder: its verdict, tables and pictures.
+    Writes one HTML file that needs no network. For a run it shows the metrics, how much the model mixes positions, and
+    predictions to take apart: the attention weight of each item of the history beside what the item contributes. For
+    the folder of a study it shows the verdict, tables and pictures.
 
     \b
     python cli.py report runs/household-softmax-1
@@ -347,14 +346,14 @@ def report(run, data, out):
     folder = run or runs.newest_folder("report", ("checkpoint.npz", "study.json"))
     if not run:
         say(f"run {folder}")
-    if (folder / "study.json").exists():
-        if data:
-            raise click.UsageError("--data is for the log of a run; the page of a study needs none.")
-        found = reporting.describe_study(folder)
+    is_study = (folder / "study.json").exists()
+    if data and is_study:
+        raise click.UsageError("--data is for the log of a run; the page of a study needs none.")
+    if is_study:
+        content = reporting.describe_study(folder)
     else:
-        model = opened(folder, "report", data=data)
-        found = reporting.describe_run(model)
-    page = reporting.page(found)
+        content = reporting.describe_run(load(folder, data, read=load_log))
+    page = reporting.page(content)
     # A link is followed where a person named it, never where it lay in a folder that may be a stranger's.
     write, out = (files.write, out) if out else (files.replace, folder / "report.html")
     write(out, lambda file: file.write(page))

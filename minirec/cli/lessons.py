@@ -20,14 +20,15 @@ LARGEST = 1 << 20  # bytes of a student's file
 
 
 @click.command(cls=Command)
-@click.option("--attn", type=click.Choice(known_weightings()), help="One weighting [default: all].")
+@click.option("--attn", type=options.WEIGHTING, help="Check this weighting only [default: all].")
 @options.backend
 def gradcheck(attn, backend):
     """Are the hand-derived gradients right? Central differences tell.
 
-    First every operation alone, then every parameter of a small model, in the order of the backward pass. Each number
-    is max |difference| / max |gradient|. A gradient that is zero by construction is checked absolutely, and marked
-    0+. If one is off, the first one is named: it is the one to mend. On a GPU some entries of each are checked.
+    Checks every operation alone, then every parameter of a small model, in the order of the backward pass. Each number
+    is max |difference| / max |gradient|. Where the gradient is zero by construction, marked 0+, it is the largest
+    absolute value. If gradients are off, the first one is named: it is the one to mend. On a GPU some entries of each
+    array are checked.
 
     \b
     python cli.py gradcheck --attn softmax
@@ -36,12 +37,10 @@ def gradcheck(attn, backend):
     xp = load_backend(backend)
     operations, parameters = {}, {}
     with progress("checking", 2 * len(weightings)) as update:
-        for weighting in weightings:  # only attention differs from weighting to weighting
-            operations |= {
-                (operation, name): error for operation, name, error in checking.check_operations(weighting, xp)
-            }
-            update(1)
         for weighting in weightings:
+            for operation, name, error in checking.check_operations(weighting, xp):
+                operations[operation, name] = error  # only that of attention differs from weighting to weighting
+            update(1)
             for name, error, relative in checking.check(weighting, xp):
                 parameters.setdefault(name, []).append((error, relative))
             update(1)
@@ -68,14 +67,14 @@ def gradcheck(attn, backend):
 
 
 @click.command(cls=Command)
-@click.option("--attn", type=click.Choice(known_weightings()), default="softmax")
-@click.option("--seed", type=click.IntRange(min=0), default=recording.SEED, help="Of the parameters.")
+@click.option("--attn", type=options.WEIGHTING, default="softmax", help="The attention weighting.")
+@click.option("--seed", type=click.IntRange(min=0), default=recording.SEED, help="Seed of the parameters.")
 def trace(attn, seed):
     """What does the model compute? Every number of one tiny step.
 
-    Three users, D = 4, two heads, one block: the parameters; each line of the code that runs, forwards and backwards,
-    with the numbers that it writes; all gradients beside central differences; the loss under each attention
-    weighting; how much each position mixes. The page that `lesson` writes shows the same.
+    Three users, D = 4, two heads, one block. It prints the parameters; each line of code that runs, forwards and
+    backwards, with the numbers that it computes; all gradients beside central differences; the loss under each
+    attention weighting; and how much each position mixes. The page that `lesson` writes shows the same.
 
     \b
     python cli.py trace | less
@@ -87,14 +86,14 @@ def trace(attn, seed):
 
 @click.command(cls=Command)
 @click.argument("name", required=False, metavar="[NAME]")
-@click.option("--check", type=click.Path(path_type=Path), metavar="FILE", help="Is the function in FILE right?")
-@click.option("--solution", is_flag=True, help="Print ours.")
+@click.option("--check", type=options.PATH, metavar="FILE", help="Check the function in FILE.")
+@click.option("--solution", is_flag=True, help="Print our function.")
 def exercise(name, check, solution):
     """Can you write the hard parts? Thirteen functions to try.
 
-    Without a NAME, they are listed. With one, NAME.py is written: what the function may use, what is asked, and its
-    signature. --check runs it, in a process of its own, against central differences or our own function, and says
-    which results are off and by what pattern, with a hint; the exit status is 1 until all is right.
+    Without a NAME, they are listed. With one, NAME.py is written: what the function may use, what it must do, and its
+    signature. --check runs your function in another process and compares it with central differences or with our
+    function. It says which results are off and by what pattern, with a hint. The exit status is 1 until all is right.
 
     \b
     python cli.py exercise layer_norm_backward
@@ -132,12 +131,12 @@ def exercise(name, check, solution):
 
 
 @click.command(cls=Command)
-@click.option("--out", type=click.Path(path_type=Path, dir_okay=False), default="lesson.html")
+@click.option("--out", type=options.FILE, default="lesson.html", help="The page.")
 def lesson(out):
     """How does a transformer work, line by line? A page shows it.
 
-    Writes one HTML file that needs no network: the text of the source, its code, and beside each line the numbers that
-    it computes in one tiny training step, forwards and backwards, under each attention weighting.
+    Writes one HTML file that needs no network. It shows the source and, beside each line, the numbers that the line
+    computes in one tiny training step, forwards and backwards, under each attention weighting.
 
     \b
     python cli.py lesson

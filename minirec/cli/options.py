@@ -1,16 +1,20 @@
 """The options that commands share, as decorators; those of a run's settings are derived from training/settings.py."""
 
 import math
+import re
 import shlex
 from dataclasses import fields
 from pathlib import Path
 
 import click
 
+from minirec.attention import known_weightings
 from minirec.backend import BACKENDS
 from minirec.training.settings import LARGEST, LOG_OPTIONS, Range, Source
 
-SIZE = click.IntRange(1, LARGEST)
+SIZE, COUNT = click.IntRange(1, LARGEST), click.IntRange(min=1)
+WEIGHTING = click.Choice(known_weightings())
+PATH, FILE = click.Path(path_type=Path), click.Path(path_type=Path, dir_okay=False)
 
 
 class Number(click.FloatRange):
@@ -31,11 +35,13 @@ def comma_list(text):
 
 
 def numbers(text):
+    if not re.fullmatch(r" *\d+ *(, *\d+ *)*", text):
+        raise click.BadParameter(f"{text!r} is no list of numbers, such as 0,1")
     return [int(part) for part in text.split(",")]
 
 
-def typed(name):
-    """Return an option's name as it is typed."""
+def flag(name):
+    """Return an option as it is typed on the command line: --k-core for k_core."""
     return f"--{name.replace('_', '-')}"
 
 
@@ -53,38 +59,36 @@ def of(choices, *names):
             elif isinstance(allowed, tuple):
                 kind = click.Choice(allowed)
             how = {"type": kind, "is_flag": allowed is bool, "help": text, "metavar": metavar}
-            command = click.option(typed(name), default=by_name[name].default, **how)(command)
+            command = click.option(flag(name), default=by_name[name].default, **how)(command)
         return command
 
     return add
 
 
-def given(options, *names):
+def typed(options, *names):
     """Return those of the named log options that are not at their defaults, as they would be typed."""
     words = []
     for name in LOG_OPTIONS:
         value = options.get(name)
         if name in names and value and value != getattr(Source, name):
             text = ",".join(value) if isinstance(value, list) else str(value)
-            words += [typed(name)] if value is True else [typed(name), shlex.quote(text)]
+            words += [flag(name)] if value is True else [flag(name), shlex.quote(text)]
     return "".join(f" {word}" for word in words)
 
 
 def filter_seen(default):
     """Return the option that says whether items that a user has had are candidates; None: as the run was trained."""
-    words = "Rank only items that the user has not had; where people buy again, all items."
+    words = "Rank only the items that the user has not had yet, or all items (where people buy again)."
     words += " [default: as trained]" if default is None else ""
     return click.option("--filter-seen/--no-filter-seen", default=default, show_default=bool(default), help=words)
 
 
 log = of(Source, *LOG_OPTIONS)  # how it is read, filtered and split
-run = click.argument("run", required=False, type=click.Path(path_type=Path))
-data = click.option("--data", help="Where the run's log lies now, if it was moved.")
+run = click.argument("run", required=False, type=PATH)
+data = click.option("--data", metavar="FILE", help="Where the run's log is now, if it was moved.")
 any_data = click.option(
-    "--data", help="Where the run's log lies now, or another log to take; items are matched by name."
+    "--data", metavar="FILE", help="Where the run's log is now, or another log to use; items are matched by name."
 )
-backend = click.option("--backend", type=click.Choice(BACKENDS), default="numpy", help="cupy: on a GPU.")
-workers = click.option(
-    "--workers", type=click.IntRange(min=1), help="How many work at a time [default: all usable cores]."
-)
+backend = click.option("--backend", type=click.Choice(BACKENDS), default="numpy", help="numpy: CPU; cupy: GPU.")
+workers = click.option("--workers", type=COUNT, help="Cores to use [default: all usable ones].")
 as_json = click.option("--json", "as_json", is_flag=True, help="Print one JSON object, and nothing else, on stdout.")

@@ -1,12 +1,10 @@
 """`study`: the grid of runs, its progress, its tables and figures."""
 
 import shutil
-from pathlib import Path
 
 import click
 
 from minirec import files
-from minirec.attention import known_weightings
 from minirec.cli import options
 from minirec.cli.common import INTERRUPTED, Command, load_log, on_terminal, one_line, say, say_json
 from minirec.data import planted
@@ -17,32 +15,34 @@ from minirec.training import runs
 
 
 @click.command(cls=Command)
-@click.option("--data", multiple=True, help="A log; give it once a log [default: the embedded datasets].")
+@click.option("--data", metavar="FILE", multiple=True, help="A log; may be repeated [default: the embedded datasets].")
 @options.log
-@click.option("--attn", type=click.Choice(known_weightings()), multiple=True, help="Weightings [default: all].")
+@click.option("--attn", type=options.WEIGHTING, multiple=True, help="A weighting; may be repeated [default: all].")
 @click.option("--seeds", type=click.IntRange(1, 1000), default=3, help="Runs of each weighting.")
-@click.option("--epochs", type=click.IntRange(min=1), help="At most so many [default: 200; embedded datasets 60].")
-@click.option("--patience", type=click.IntRange(min=1), help="Epochs without a gain [default: 10; embedded 4 or 6].")
+@click.option("--epochs", type=options.COUNT, help="The most epochs of a run [default: 200; embedded datasets 60].")
+@click.option(
+    "--patience", type=options.COUNT, help="Epochs without a gain that end a run [default: 10; embedded 4 or 6]."
+)
 @click.option("--lr", type=options.RATE, help="Learning rate [default: 0.001; embedded datasets up to 0.002].")
 @click.option("--max-length", type=options.SIZE, help="Latest items kept [default: 200 for long histories, else 50].")
-@click.option("--dropout", type=options.SHARE, help="[default: 0.2 for dense logs, else 0.5].")
+@click.option("--dropout", type=options.SHARE, help="Share of values dropped [default: 0.2 for dense logs, else 0.5].")
 @options.backend
 @options.filter_seen(True)
-@click.option("--workers", type=click.IntRange(min=1), help="Runs at a time [default: all usable cores].")
-@click.option("--figures", type=click.Choice(["png", "pdf", "svg"]), default="png")
-@click.option("--out", type=click.Path(path_type=Path), help="[default: runs/study, or runs/study-LOG].")
+@click.option("--workers", type=options.COUNT, help="Runs at a time [default: all usable cores].")
+@click.option("--figures", type=click.Choice(["png", "pdf", "svg"]), default="png", help="The format of the figures.")
+@click.option("--out", type=options.PATH, help="The folder [default: runs/study, or runs/study-LOG].")
 @options.as_json
 def study(data, attn, out, figures, as_json, **chosen):
     """Is learned attention needed on this data? The verdict.
 
-    A grid of runs: trains every attention weighting with the same seeds, measures how much the
-    trained models mix positions, and names each log's regime, with statistics and figures. Started again, it
-    goes on where it was stopped.
+    Trains a grid of runs, every attention weighting with the same seeds, and measures how much the trained models mix
+    positions. Then it names the regime of each log, with statistics and figures. Started again, it goes on where it was
+    stopped.
 
     \b
     python cli.py study
     python cli.py study --data ratings.csv --seeds 5
-    mpiexec -n 5 python cli.py study      four runs at a time, on one machine or several
+    mpiexec -n 5 python cli.py study      one process directs four runs at a time, on one machine or several
 
     Open MPI starts more processes than there are cores only with mpiexec --oversubscribe.
     """

@@ -7,12 +7,10 @@ import time
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 
 import click
 from click.core import ParameterSource
 
-from minirec.attention import known_weightings
 from minirec.cli import options
 from minirec.cli.common import INTERRUPTED, Command, load_log, log_source, on_terminal, progress, say, say_json
 from minirec.cli.inspect import metrics_table, remark_on_counts
@@ -32,9 +30,9 @@ DEFAULT_DATA = "household"
 
 
 @click.command(cls=Command)
-@click.option("--data", default=DEFAULT_DATA, help="The log of interactions: a file, or an embedded dataset.")
+@click.option("--data", metavar="FILE", default=DEFAULT_DATA, help="The log: a file, or the name of an embedded one.")
 @options.log
-@click.option("--attn", type=click.Choice(known_weightings()), default=Config.attn, help="Attention weighting.")
+@click.option("--attn", type=options.WEIGHTING, default=Config.attn, help="The attention weighting.")
 @click.option("--max-length", type=options.SIZE, default=Config.max_length, help="Latest items of a history to keep.")
 @click.option("--hidden", type=options.SIZE, default=Config.hidden_size, help="Hidden size D.")
 @click.option("--blocks", type=click.IntRange(1, 1000), default=Config.n_blocks, help="Transformer blocks.")
@@ -50,15 +48,18 @@ DEFAULT_DATA = "household"
     default="host",
     help="Under mpiexec with --backend cupy: device, where the MPI library can read a GPU's memory.",
 )
-@click.option("--out", type=click.Path(path_type=Path), help="The run folder [default: a new one below runs/].")
+@click.option("--out", type=options.PATH, help="The run folder [default: a new one below runs/].")
 @click.option("--resume", is_flag=True, help="Go on with a run that was stopped: --out, or the newest.")
 @options.as_json
 @click.pass_context
 def train(ctx, out, resume, as_json, mpi_buffers, **chosen):
     """Train one model, and keep the epoch that is best on validation.
 
+    The run folder holds the model and all that is needed to go on. Ctrl-C stops after the current step.
+
     \b
     python cli.py train --data ratings.csv --attn uniform
+    python cli.py train --resume
     mpiexec -n 4 python cli.py train --out runs/large     each batch over four processes
 
     Open MPI starts more processes than there are cores only with mpiexec --oversubscribe.
@@ -80,7 +81,7 @@ def train(ctx, out, resume, as_json, mpi_buffers, **chosen):
     config = model_config(settings)
     folder = folder or runs.new_folder(runs.log_name(chosen["data"]), config.attn)
     split = runs.split_log(log, settings)
-    say(f"{chosen['data']}: {len(log.users):,} users, {len(log.items):,} items, {len(log.sequence):,} interactions")
+    say(f"{source.path}: {len(log.users):,} users, {len(log.items):,} items, {len(log.sequence):,} interactions")
     parts = [len(training_windows(log, split, config.max_length)[0]), len(split.valid.users), len(split.test.users)]
     if min(parts) < len(log.users):
         say("of the users, {:,} are trained on, {:,} have a validation target, {:,} a test target".format(*parts))

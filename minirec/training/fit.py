@@ -37,16 +37,16 @@ SPLITTING = ("split", "k_core", "drop_repeats")  # the options of a log that was
 
 
 def train(log, settings, folder=None, resume=False, on_step=None, on_epoch=None, stop=None, ranks=None):
-    """Train a model; the parameters that count are those of the epoch that is best on validation.
+    """Train a model, and keep the parameters of the epoch that is best on validation.
 
-    log: Log, filtered; settings: what config.json holds (see runs); folder: a pathlib.Path to keep the run in, None for
-    none; resume: go on from what the folder keeps, if anything. on_step(epoch, i, n_steps, loss) is called after each
-    step, its loss a 0-d array on the device; on_epoch(record) after each epoch, with the line of metrics.jsonl; stop()
-    is asked after each step and ends training there when true. ranks: the mpi.Ranks that train together, of which
-    the first one writes; on_step's loss is then an estimate from this rank's share, and stop, where it is given, must
-    end all ranks at the same step.
+    log: Log, filtered; settings: as config.json holds them (see settings.py); folder: a pathlib.Path to keep the run
+    in, None for none; resume: go on from what the folder keeps, if anything. on_step(epoch, i, n_steps, loss) is called
+    after each step, with the loss as a 0-d array on the device; on_epoch(record) after each epoch, with the line of
+    metrics.jsonl; stop() after each step: where it returns true, training stops. ranks: the mpi.Ranks that train
+    together, of which the first one writes. The loss for on_step is then an estimate from this rank's part of the
+    batch, and stop must end all ranks at the same step.
     Returns the records of all epochs, whether training came to its end (False: it was stopped), and the parameters
-    {name: array} on the host. Raises UserError for a log without training data, a folder that cannot be used, a loss
+    {name: array} on the host. Raises UserError for a log without training data, a folder that cannot be used, or a loss
     that is not finite.
     """
     config, training = model_config(settings), settings["training"]
@@ -86,7 +86,7 @@ def train(log, settings, folder=None, resume=False, on_step=None, on_epoch=None,
 def check_trainable(starts, split):
     """Raise UserError where a log has nothing to train on, or nothing to validate on."""
     if not len(split.valid.users):
-        raise UserError("nothing to validate on: no user has as many as three interactions, of which two are held out")
+        raise UserError("nothing to validate on: no user has three interactions, of which two are held out")
     if not len(starts):
         raise UserError(
             "nothing to train on: no user has two interactions besides those held out for validation and test"
@@ -96,8 +96,8 @@ def check_trainable(starts, split):
 def sampling_for(log, split, config, training):
     """Return the Sampling that a loss needs; None for the full cross-entropy.
 
-    With "bce", warns of users who were trained on all items, so that none is unseen; raises UserError where there is
-    one item.
+    With "bce", warns of users who were trained on all items, since none is unseen. Raises UserError where the log has
+    one item only.
     """
     if training["loss"] == "ce":
         return None
@@ -171,7 +171,7 @@ def load(folder, data=None, backend=Training.backend, read=runs.load_log):
 
 
 def workers_for(ranks):
-    """Return how many workers a process takes where nobody says: all usable cores, shared with the other ranks."""
+    """Return the default number of workers of a process: all usable cores, divided among the ranks."""
     return max(1, usable_cores() // ranks.size)
 
 
@@ -180,21 +180,21 @@ def workers_for(ranks):
 
 @contextmanager
 def silent(length):
-    """Yield a function of a number that does nothing: where nobody wants to see progress."""
+    """Yield a function of a number that does nothing, for those who do not want to see progress."""
     yield lambda n: None
 
 
 @dataclass
 class Model:
-    """A trained model: what the pure functions need, and their results at hand.
+    """A trained model, and what can be done with it.
 
-    What is left out of a log or a history, because the model does not know it, is told in a warning.
+    What the model does not know of a log or a history is left out, with a warning.
     """
 
     config: Config
     parameters: dict  # {name: array}, on NumPy or CuPy
     items: list  # V names, in the model's numbering
-    settings: dict  # as config.json holds them (see runs)
+    settings: dict  # as config.json holds them (see settings.py)
     records: list = field(repr=False)  # one an epoch, as in metrics.jsonl
     read_log: object = field(repr=False)  # () -> the Log that it was trained on, filtered
     folder: Path | None = None
@@ -223,10 +223,10 @@ class Model:
     def evaluate(self, log=None, part="test", filter_seen=None, workers=None, progress=silent):
         """Rank the targets of a log among all items; return metrics and counts, as `evaluate --json` prints them.
 
-        log: another Log than the one that was trained on, split alike, its items matched by name: targets that the
-        model does not know are misses. part: "valid" or "test". filter_seen: whether items that the user had before
-        are no candidates; None: as trained. workers: threads; None: all usable cores. progress(n): a context whose
-        value is called with the number of targets that were ranked since.
+        log: another Log than the one that was trained on (None). It is filtered and split in the same way, and its
+        items are matched by name; targets that the model does not know are misses. part: "valid" or "test";
+        filter_seen: whether items that the user had before are no candidates (None: as trained); workers: threads
+        (None: all usable cores); progress(n): a context whose value is called with numbers of targets that were ranked.
         """
         filter_seen = self.filters_seen(filter_seen)
         targets, ranks, missed = self._rank(log, part, filter_seen, workers, progress)
@@ -286,7 +286,7 @@ class Model:
         return known.sequence, Targets(targets.users[ranked], starts[ranked], stops[ranked]), ranked, missed
 
     def known_part(self, log):
-        """Return what data.log.renumbered does of another log, and warn of how much is left out."""
+        """Return what data.log.renumbered returns for another log, and warn of how much is left out."""
         known, moved = renumbered(log, self.items)
         left_out = len(log.sequence) - len(known.sequence)
         if not len(known.sequence):

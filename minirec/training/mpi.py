@@ -1,7 +1,7 @@
 """The processes that an MPI launcher started, as one team: `mpiexec -n 4 python cli.py train`.
 
-Each of these ranks computes a share of a batch's gradient, and one Allreduce adds the shares up; all of them then take
-the same Adam step. The only file of training that touches MPI, and only where a launcher started this process.
+Each of these ranks computes a part of a batch's gradient, and one Allreduce adds the parts up. Then all ranks take the
+same Adam step. This is the only file of training that imports MPI, and only where a launcher started this process.
 """
 
 import contextlib
@@ -13,7 +13,7 @@ import numpy as np
 from minirec.backend import get_array_module, to_device, to_host
 from minirec.errors import UserError
 
-LAUNCHED = {  # what launchers set: of Open MPI, of MPICH and its kin, of others
+LAUNCHED = {  # the environment variables that launchers set: {one that tells of a launch: the one with the rank}
     "OMPI_COMM_WORLD_SIZE": "OMPI_COMM_WORLD_RANK",
     "PMI_SIZE": "PMI_RANK",
     "PMIX_RANK": "PMIX_RANK",
@@ -21,7 +21,7 @@ LAUNCHED = {  # what launchers set: of Open MPI, of MPICH and its kin, of others
 
 
 def launched_rank():
-    """Return this process's rank where an MPI launcher started it, else None. MPI itself is not touched."""
+    """Return this process's rank where an MPI launcher started it, else None. MPI itself is not imported."""
     return next((int(os.environ.get(rank, 0)) for size, rank in LAUNCHED.items() if size in os.environ), None)
 
 
@@ -80,7 +80,7 @@ def launched_ranks(buffers="host"):
 
 
 def abort():
-    """End all ranks, this one among them, if a launcher started them: they would wait for this one for ever."""
+    """End all ranks, this one among them, if a launcher started them: the others would wait for this one for ever."""
     if launched_rank() is None:
         return
     with contextlib.suppress(ImportError, RuntimeError):  # without MPI the launcher sees to it

@@ -1,16 +1,17 @@
 """One training step spread over workers: micro-batches whose gradients are summed in a fixed order.
 
-A batch is cut into micro-batches of about equal size. They are dealt to a fixed number of gradient buffers, whatever
-the number of workers. A buffer adds up the gradients of its micro-batches in order, and the buffers are then summed in
-order. Which worker fills a buffer changes nothing: the result is the same to the last bit on one core or on many.
+A batch is divided into micro-batches of about equal size. They are dealt to a fixed number of gradient buffers,
+whatever the number of workers. A buffer adds up the gradients of its micro-batches in order, and the buffers are then
+summed in order. Which worker fills a buffer changes nothing: the result is the same to the last bit on one core or on
+many.
 
 Where an MPI launcher started several processes, each of these ranks fills every n-th buffer, with workers of its own
 (see mpi.py).
 
-Training workers are processes over shared memory: a step is thousands of short NumPy calls, and
-threads would queue for the interpreter between them. Ranking and decomposing are few, large calls,
-for which threads do (`worker_map`). Every worker has one BLAS thread, also when it is alone: more of
-them gain little inside one small product, and idle ones spin on the cores that others need.
+Training workers are processes over shared memory: a step is thousands of short NumPy calls, between which threads would
+queue for the interpreter. Ranking and decomposing are a few large calls, for which threads are enough (`worker_map`).
+Every worker has one BLAS thread, even when it is alone: more of them gain little inside one small product, and idle
+ones spin on the cores that others need.
 
 Symbols: B sequences, P parameters.
 """
@@ -25,6 +26,7 @@ import sys
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from itertools import islice
 from typing import NamedTuple
 
 import numpy as np
@@ -43,7 +45,7 @@ UPDATE_SIZE = 1 << 16  # parameters that Adam updates at a time: they and their 
 NEGATIVES = 1 << 16  # the negatives' stream, which no buffer's dropout shares, and which every backend draws alike
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # from glibc's malloc.h
 PR_SET_PDEATHSIG = 1  # from Linux's prctl.h
-AHEAD = 4  # results that a thread of worker_map may be before its caller
+AHEAD = 4  # results for each thread that worker_map computes before its caller asks for them
 MALLOC_KEEPS = 64 << 20  # bytes
 SMALLER = "try a smaller --hidden or --max-length, or --loss sampled for many items"
 # A forked worker starts at once and shares the log's memory, but not every system's BLAS survives a fork.
@@ -58,8 +60,8 @@ def usable_cores():
 def keep_freed_memory():
     """Ask glibc's malloc to keep what is freed instead of returning it to the system.
 
-    Every piece of work frees and takes arrays of the same sizes; without this, each is fetched and zeroed
-    anew, page by page. Worker processes inherit the setting.
+    Every step frees and takes arrays of the same sizes. Without this, the system hands out each of them anew, page by
+    page, and zeroes it. Worker processes inherit the setting.
     """
     if sys.platform == "linux":
         libc = ctypes.CDLL(None)
@@ -69,21 +71,17 @@ def keep_freed_memory():
 
 
 def die_with_parent():
-    """Ask Linux to kill this process as soon as its parent is gone, whatever it is busy with.
-
-    It would hold the lock on its run folder until then.
-    """
+    """Ask Linux to kill this process as soon as its parent is gone: it would go on, and hold the run folder's lock."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 @contextlib.contextmanager
 def worker_map(n, xp):
-    """Yield a `map` that runs on n threads, each with one BLAS thread; its results come in order.
+    """Yield a `map` of one iterable that runs on n threads, each with one BLAS thread; its results come in order.
 
-    It maps one iterable, and is at most AHEAD results a thread before its caller: whoever writes results down as
-    they come holds few of them, however many there are. On a GPU (xp is CuPy) one thread is enough to feed the
-    device, whatever n.
+    It computes at most AHEAD results a thread before its caller asks for them: a caller that writes results as they
+    come holds few of them, however many there are. On a GPU (xp is CuPy) one thread is enough, whatever n.
     """
     keep_freed_memory()
     with threadpool_limits(1, "blas"):
@@ -93,13 +91,11 @@ def worker_map(n, xp):
         pool = ThreadPoolExecutor(n)
 
         def run(function, values):
-            waiting = deque()
-            for value in values:
-                waiting.append(pool.submit(function, value))
-                if len(waiting) == AHEAD * n:
-                    yield waiting.popleft().result()
+            results = (pool.submit(function, value) for value in values)
+            waiting = deque(islice(results, AHEAD * n))
             while waiting:
                 yield waiting.popleft().result()
+                waiting.extend(islice(results, 1))
 
         try:
             yield run
@@ -108,10 +104,13 @@ def worker_map(n, xp):
 
 
 class Sampling(NamedTuple):
-    """What a sampled loss draws from. The item table may then be large, and a step touches few of its
-    rows: those of the batch and of its negatives are copied to a small table, all is computed on that, and
-    only those rows are updated. Their Adam is lazy, as torch.optim.SparseAdam is: an untouched row keeps
-    its moments, where dense Adam would let them decay and the row drift on."""
+    """What a sampled loss draws from.
+
+    The item table may then be large, and a step touches few of its rows: those of the batch and of its negatives. They
+    are copied to a small table, all is computed on that, and only those rows are updated. Their Adam is lazy, as
+    torch.optim.SparseAdam is: an untouched row keeps its moments, where dense Adam would let them decay and go on
+    changing the row.
+    """
 
     loss: str  # one of LOSSES but "ce"
     n_negatives: int  # of "sampled"
@@ -125,10 +124,10 @@ class Sampling(NamedTuple):
         return min(n_items, self.largest_batch + negatives)
 
     def draw(self, rng, n_items, flat, starts, lengths):
-        """Return the negatives of a batch: [n_negatives] for all its positions, or one for each place of flat.
+        """Return the negatives of a batch: [n_negatives] for all its positions, or one for each item of flat.
 
-        flat: its windows, as from data.windows_end_to_end. A window's last item is a target only and has no
-        negative: its own item stands there, so that no row of the table is touched in vain.
+        flat: its windows, as from data.split.windows_end_to_end. The last item of a window is a target only and has no
+        negative. That item itself stands there, so that no row of the table is touched in vain.
         """
         if self.loss == "sampled":
             return rng.integers(n_items, size=self.n_negatives)
@@ -142,7 +141,7 @@ class Sampling(NamedTuple):
 def shared_floats(n):
     """Return a buffer of n float32 zeros that worker processes share.
 
-    Raises UserError where the machine has not that much memory: else the system would end the run later.
+    Raises UserError where the machine does not have that much memory: the system would kill the run later.
     """
     size = 4 * n
     if hasattr(os, "sysconf"):
@@ -161,32 +160,31 @@ def shared_floats(n):
 
 
 class Memory:
-    """What all workers see: parameters, moments and a gradient a buffer, flat; on the CPU in shared memory.
+    """What all workers see: parameters, moments and one gradient for each buffer, flat; on the CPU in shared memory.
 
-    table_rows: how many item rows a gradient holds, all V or those of a Sampling; ranks: Ranks, whose own
-    buffers these are.
+    table_rows: how many item rows a gradient holds, all V or those of a Sampling; ranks: Ranks. The buffers here are
+    those of this rank.
     """
 
     NAMES = ("parameters", "first_moment", "second_moment")
 
     def __init__(self, config, xp, table_rows, ranks):
-        self.all_buffers, self.size = max(plan(xp).gradient_buffers, ranks.size), parameter_count(config)
-        self.own_buffers = range(ranks.rank, self.all_buffers, ranks.size)
-        self.buffers = len(self.own_buffers)
-        self.gradient_size = parameter_count(replace(config, n_items=table_rows))
-        n = len(self.NAMES) * self.size + self.buffers * self.gradient_size
+        self.n_buffers = max(plan(xp).gradient_buffers, ranks.size)  # of all ranks
+        self.buffers = range(ranks.rank, self.n_buffers, ranks.size)
+        self.size, gradient_size = parameter_count(config), parameter_count(replace(config, n_items=table_rows))
+        n = len(self.NAMES) * self.size + len(self.buffers) * gradient_size
         self.shared = shared_floats(n) if xp is np else xp.zeros(n, xp.float32)
 
     def arrays(self):
         """Return {"parameters", "first_moment", "second_moment": [P], "gradients": [buffers, P']}, all views."""
         whole = self.shared if hasattr(self.shared, "reshape") else np.frombuffer(self.shared, np.float32)
-        kept = whole[: len(self.NAMES) * self.size].reshape(-1, self.size)
-        gradients = whole[len(self.NAMES) * self.size :].reshape(self.buffers, self.gradient_size)
-        return dict(zip(self.NAMES, kept, strict=True)) | {"gradients": gradients}
+        n = len(self.NAMES) * self.size
+        gradients = whole[n:].reshape(len(self.buffers), -1)
+        return dict(zip(self.NAMES, whole[:n].reshape(-1, self.size), strict=True)) | {"gradients": gradients}
 
 
 class Worker:
-    """One of n: it computes every n-th buffer and updates every n-th slice of the parameters.
+    """One of n workers: it fills every n-th buffer and updates every n-th chunk of the parameters.
 
     memory: Memory; config: the model's; sequence: all histories end to end, on the host; sampling: a
     Sampling, None for the full cross-entropy; xp: the array module; rank: 0..n-1.
@@ -194,34 +192,34 @@ class Worker:
 
     def __init__(self, memory, config, sequence, sampling, xp, rank, n):
         self.__dict__.update(memory.arrays())
-        self.all_buffers, self.own_buffers = memory.all_buffers, memory.own_buffers
+        self.n_buffers, self.buffers = memory.n_buffers, memory.buffers
         self.config, self.sequence, self.sampling = config, sequence, sampling
         self.xp, self.rank, self.n = xp, rank, n
-        self.views = unflatten(self.parameters, config)
-        self.table = None  # the item rows that the latest step touched; None = all
+        self.by_name = unflatten(self.parameters, config)
+        self.table = None  # the item rows that the latest step touched; None: all
 
     def compute_gradients(self, starts, lengths, key):
         """Fill this worker's buffers with the gradients of one batch; return their losses, one a buffer.
 
-        starts, lengths [B] of the inputs in `sequence` (see packing.pack); key: integers (seed, step)
-        that, with buffer and micro-batch, seed the dropout.
+        starts, lengths [B] of the inputs in `sequence` (see packing.pack); key: integers (seed, step), which seed the
+        dropout together with the numbers of buffer and micro-batch.
         """
         scale = 1 / int(lengths.sum())
-        dealt = micro_batches(lengths, self.all_buffers, plan(self.xp).micro_batch_tokens)
-        config, parameters, sequence, negatives = self.config, self.views, self.sequence, None
+        dealt = micro_batches(lengths, self.n_buffers, plan(self.xp).micro_batch_tokens)
+        config, parameters, sequence, negatives = self.config, self.by_name, self.sequence, None
         loss = "ce"
         if self.sampling:
             loss = self.sampling.loss
             config, parameters, sequence, starts, negatives = self._small_table(starts, lengths, key)
         losses, self.gradient_size = [], parameter_count(config)
-        for place in range(self.rank, len(self.own_buffers), self.n):
-            buffer, gradient = self.own_buffers[place], self.gradients[place, : self.gradient_size]
+        for number in range(self.rank, len(self.buffers), self.n):
+            buffer, gradient = self.buffers[number], self.gradients[number, : self.gradient_size]
             gradient[...] = 0
             total = 0.0
             for i, micro_batch in enumerate(dealt[buffer]):
-                each = negatives if loss == "bce" else None
-                batch = pack(sequence, starts[micro_batch], lengths[micro_batch], self.xp, negatives=each)
-                if loss == "sampled":
+                unseen = negatives if loss == "bce" else None  # one for each position
+                batch = pack(sequence, starts[micro_batch], lengths[micro_batch], self.xp, negatives=unseen)
+                if loss == "sampled":  # the same for all positions
                     batch = batch._replace(negatives=to_device(negatives, self.xp))
                 rng = generator(self.xp, *key, buffer, i)
                 total = total + add_gradients(parameters, config, batch, scale, unflatten(gradient, config), rng, loss)
@@ -229,7 +227,7 @@ class Worker:
         return losses
 
     def _small_table(self, starts, lengths, key):
-        """Copy the item rows of a batch and its negatives to a table of their own, and number them anew.
+        """Copy the item rows of a batch and its negatives to a small table, and number them anew.
 
         Returns config, parameters, sequence, starts and negatives, all in terms of the small table.
         """
@@ -239,36 +237,36 @@ class Worker:
         table, renumbered = np.unique(np.concatenate([flat, negatives]), return_inverse=True)
         self.table = to_device(table, self.xp)
         config = replace(self.config, n_items=len(table))
-        parameters = self.views | {"item_embedding": self.views["item_embedding"][self.table]}
+        parameters = self.by_name | {"item_embedding": self.by_name["item_embedding"][self.table]}
         return config, parameters, renumbered[: len(flat)], begins, renumbered[len(flat) :]
 
     def sum_up(self):
-        """Add this worker's slices of all buffers to the first."""
-        for part in self._slices(self.gradient_size, UPDATE_SIZE):
+        """Add this worker's chunks of all buffers to the first."""
+        for part in self._chunks(self.gradient_size, UPDATE_SIZE):
             sum_buffers(self.gradients[:, part])
 
     def update(self, step, learning_rate, buffers):
-        """Sum the first `buffers` buffers, in order, and take one Adam step with the sum, in this worker's slices."""
+        """Sum the first `buffers` buffers, in order, and take one Adam step with the sum, in this worker's chunks."""
         arrays = [getattr(self, name) for name in Memory.NAMES]
         gradients = self.gradients[:buffers]
         if self.table is not None:
             d, n_rows = self.config.hidden_size, len(self.table)
             tables = [array[: self.config.n_items * d].reshape(-1, d) for array in arrays]
             gradient_tables = gradients[:, : n_rows * d].reshape(-1, n_rows, d)
-            for part in self._slices(n_rows, UPDATE_SIZE // d + 1):
+            for part in self._chunks(n_rows, UPDATE_SIZE // d + 1):
                 rows = self.table[part]
-                own = [table[rows] for table in tables]  # copies, written back below
-                adam_step(own[0], sum_buffers(gradient_tables[:, part]), *own[1:], step, learning_rate)
-                for table, updated in zip(tables, own, strict=True):
+                copies = [table[rows] for table in tables]  # written back below
+                adam_step(copies[0], sum_buffers(gradient_tables[:, part]), *copies[1:], step, learning_rate)
+                for table, updated in zip(tables, copies, strict=True):
                     table[rows] = updated
             arrays = [array[self.config.n_items * d :] for array in arrays]
             gradients = gradients[:, n_rows * d :]
-        for part in self._slices(len(arrays[0]), UPDATE_SIZE):
+        for part in self._chunks(len(arrays[0]), UPDATE_SIZE):
             parameters, *moments = (array[part] for array in arrays)
             adam_step(parameters, sum_buffers(gradients[:, part]), *moments, step, learning_rate)
 
-    def _slices(self, length, size):
-        """Yield this worker's slices of 0..length-1; on a GPU, one for all."""
+    def _chunks(self, length, size):
+        """Yield this worker's chunks of 0..length-1 as slices; on a GPU, one for all."""
         size = size if self.xp is np else length
         for start in range(self.rank * size, length, self.n * size):
             yield slice(start, min(start + size, length))
@@ -282,8 +280,8 @@ def sum_buffers(gradients):
 
 
 def serve(connection, others, memory, config, sequence, sampling, rank, n):
-    """A worker process, on NumPy: do what the parent sends until it closes the connection, or is gone."""
-    for number in (signal.SIGINT, signal.SIGTERM):  # the parent handles them: this step is still to be done
+    """A worker process, on NumPy: call the methods that the parent sends, until it closes the connection or is gone."""
+    for number in (signal.SIGINT, signal.SIGTERM):  # the parent handles them, after this step
         signal.signal(number, signal.SIG_IGN)
     for other in others:  # copies of the parent's ends, which would keep the connections open after it
         other.close()
@@ -301,15 +299,15 @@ def serve(connection, others, memory, config, sequence, sampling, rank, n):
 class Team:
     """All workers of a run, this process among them; a context manager.
 
-    config, sequence, sampling, xp: see Worker; n: how many workers, at most one a buffer (on a GPU: one);
-    ranks: the Ranks that each have such a team. The arrays of Memory are here as attributes.
+    config, sequence, sampling, xp: see Worker; n: how many workers, at most one for each buffer (on a GPU: one);
+    ranks: the Ranks, each of which has such a team. The arrays of Memory are attributes here.
     """
 
     def __init__(self, config, sequence, xp, n, sampling=None, ranks=None):
         keep_freed_memory()
         self.ranks = ranks or Ranks()
         memory = Memory(config, xp, sampling.rows(config.n_items) if sampling else config.n_items, self.ranks)
-        n = min(n, memory.buffers)
+        n = min(n, len(memory.buffers))
         self.xp, self.lead = xp, Worker(memory, config, sequence, sampling, xp, 0, n)
         self.__dict__.update(memory.arrays())
         self.connections, self.processes = [], []

@@ -32,7 +32,7 @@ class Progress:
         state, self.loaded, self.records, self.n_recorded = team.ranks.broadcast(self._load)
         for name in Memory.NAMES:
             getattr(team, name)[...] = backend.to_device(state[name], team.xp)
-        # The ranks' losses add up to a step's: those of the steps before are in the first rank's alone.
+        # The loss of a step is the sum over the ranks. That of the steps before is kept by the first rank alone.
         losses = state["losses"] if team.ranks.rank == 0 else np.zeros(n_steps)
         self.losses = backend.to_device(losses, team.xp)
         self.step, self.seconds = int(state["step"]), float(state["seconds"])  # steps in all, seconds of this epoch
@@ -55,7 +55,8 @@ class Progress:
     def complete(self):
         """Whether training has come to its end: all epochs are done, or `patience` of them have passed since the best.
 
-        Killed between the writes that end an epoch, a run repeats it: its parameters may be the checkpoint already.
+        A run that was killed between the writes that end an epoch repeats that epoch, whose parameters may be the
+        checkpoint already.
         """
         return len(self.records) >= self.n_recorded and finished(self.records, self.training)
 
@@ -71,8 +72,8 @@ class Progress:
         self.seconds = 0.0
         if self.team.ranks.rank > 0:
             return
-        # The record comes before the checkpoint that it tells of, and the state comes last: a run that is killed before
-        # it repeats this epoch, to the same bits.
+        # The record is written before the checkpoint that it describes, and the state is written last. A run that is
+        # killed before that repeats this epoch, to the same bits.
         if self.writes:
             files.write_json_lines(self.folder / "metrics.jsonl", self.records)
         if best(self.records) is self.records[-1]:

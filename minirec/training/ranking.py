@@ -1,10 +1,10 @@
 """Ranking over all items, metrics, and recommending.
 
-Symbols: M cases (user, history, target), V items, D hidden size, c cases in a chunk.
+Symbols: M targets, each the item after a history; c of them in a chunk; V items, D hidden size.
 
-Nothing is sampled: the target's rank is among all V items. Ties count against the target. With
-filter_seen, all items of the user's whole history leave the candidates; a target that is among
-them cannot be hit, and stays in the mean as a miss.
+Nothing is sampled: the target's rank is among all V items. Ties count against the target. With filter_seen, all items
+of the user's whole history are removed from the candidates. A target that is one of them cannot be hit, and stays in
+the mean as a miss.
 """
 
 import itertools
@@ -17,7 +17,7 @@ from minirec.model import forward
 from minirec.packing import chunk_rows, micro_batches, pack, plan, spans
 
 CUTOFFS = (1, 5, 10, 20, 50, 100)
-CASES_AT_A_TIME = 1024
+TARGETS_AT_A_TIME = 1024
 MISS = 1 << 40  # the rank of a target that is no candidate
 
 
@@ -26,11 +26,11 @@ def last_representations(parameters, config, sequence, starts, stops):
     xp = get_array_module(parameters["item_embedding"])
     out = xp.empty((len(starts), config.hidden_size), parameters["item_embedding"].dtype)
     lengths = np.minimum(stops - starts, config.max_length)
-    for piece in micro_batches(lengths, 1, plan(xp).micro_batch_tokens)[0]:
-        batch = pack(sequence, stops[piece] - lengths[piece], lengths[piece], xp, with_targets=False)
+    for part in micro_batches(lengths, 1, plan(xp).micro_batch_tokens)[0]:
+        batch = pack(sequence, stops[part] - lengths[part], lengths[part], xp, with_targets=False)
         x, _ = forward(parameters, config, batch)
         last = np.cumsum(batch.lengths) - 1
-        out[to_device(piece[batch.order], xp)] = x[to_device(last, xp)]
+        out[to_device(part[batch.order], xp)] = x[to_device(last, xp)]
     return out
 
 
@@ -40,7 +40,10 @@ def largest_entry(items):
 
 
 def check_scores(x, largest):
-    """Raise UserError where scores of x [c, D] could overflow, given largest_entry: a model that diverged has such."""
+    """Raise UserError where scores of x [c, D] could overflow, as those of a model that diverged do.
+
+    largest: the largest_entry of the item table.
+    """
     bound = x.shape[1] * float(abs(x).max()) * largest  # of |x . item|
     if not bound < get_array_module(x).finfo(x.dtype).max:
         raise UserError("the model's scores are not finite: it diverged; train it again with a smaller --lr")
@@ -70,8 +73,8 @@ def rounding_error(x, items):
 def ranks_of(target, scores, rounding):
     """Return how many items stand before target [c] in scores [c, V], which are exact to `rounding` [c]; MISS at -inf.
 
-    Whoever is not clearly below the target stands before it: a tie is never in its favour, also where
-    equal sums were rounded differently in different columns of a product.
+    An item that is not clearly below the target stands before it. So a tie is never in the target's favour, not even
+    where equal sums were rounded differently in different columns of a product.
     """
     xp = get_array_module(scores)
     score = scores[xp.arange(len(target)), target]  # [c]
@@ -84,10 +87,10 @@ def chunks(n, size):
     return [slice(start, min(start + size, n)) for start in range(0, n, size)]
 
 
-def rank_targets(parameters, config, sequence, cases, filter_seen=True, run=map):
-    """Rank each case's target among all items, without sorting the catalogue.
+def rank_targets(parameters, config, sequence, targets, filter_seen=True, run=map):
+    """Rank each target among all items, without sorting them.
 
-    sequence: the log's flat items; cases: Targets; run: a parallel.worker_map.
+    sequence: the log's flat items; targets: Targets; run: a parallel.worker_map.
     Yields the ranks chunk by chunk, as arrays on the host, in order: 0 = best, MISS = no candidate.
     """
     xp = get_array_module(parameters["item_embedding"])
@@ -95,7 +98,7 @@ def rank_targets(parameters, config, sequence, cases, filter_seen=True, run=map)
     rows, largest = chunk_rows(xp, config.n_items, items.dtype.itemsize), largest_entry(items)
 
     def rank(chunk):
-        starts, stops = cases.starts[chunk], cases.stops[chunk]
+        starts, stops = targets.starts[chunk], targets.stops[chunk]
         x = last_representations(parameters, config, sequence, starts, stops)
         check_scores(x, largest)
         ranks = []
@@ -107,13 +110,13 @@ def rank_targets(parameters, config, sequence, cases, filter_seen=True, run=map)
             ranks.append(ranks_of(target, scores, rounding_error(x[part], items[target])))
         return to_host(xp.concatenate(ranks))
 
-    return run(rank, chunks(len(cases.stops), CASES_AT_A_TIME))
+    return run(rank, chunks(len(targets.stops), TARGETS_AT_A_TIME))
 
 
 def user_values(ranks):
-    """Return {"HR@1": ..., "NDCG@1": ..., "MRR@1": ..., ...} at CUTOFFS for each of ranks [M] (0 = best), [M] each.
+    """Return {"HR@1": ..., "NDCG@1": ..., "MRR@1": ..., ...} at CUTOFFS, an array [M] each; ranks [M], 0 = best.
 
-    With one target a case: HR@k = [rank < k], NDCG@k = [rank < k] / log2(rank + 2),
+    With one target after a history: HR@k = [rank < k], NDCG@k = [rank < k] / log2(rank + 2),
     MRR@k = [rank < k] / (rank + 1).
     """
     values = {}
@@ -143,9 +146,9 @@ def best_of(scores, k):
 def recommend(parameters, config, histories, k, run=map, filter_seen=True):
     """Return the k best items for each history, as (items [c, k], scores [c, k]) a chunk, in order.
 
-    histories: an iterable of integer arrays, oldest item first, none empty; it is read a chunk at a time, so that
-    there may be more of them than memory holds. Equal scores: lower item number first. With filter_seen only unseen
-    items are candidates; where fewer than k are, the rest have score -inf.
+    histories: an iterable of integer arrays, oldest item first, none empty. It is read a chunk at a time, so that there
+    may be more of them than memory holds. Of equal scores the lower item number comes first. With filter_seen only
+    unseen items are candidates; where there are fewer than k, the rest have score -inf.
     """
     items = parameters["item_embedding"]
     rows = chunk_rows(get_array_module(items), config.n_items, items.dtype.itemsize)

@@ -52,20 +52,19 @@ def load_state(folder, settings, n_steps):
     What is wrong with a newer one is a warning. Raises UserError where the run has other settings than `settings`,
     or where no state is good.
     """
-    paths = [folder / name for name in STATES if (folder / name).exists()]
-    if not paths:
+    if not any((folder / name).exists() for name in STATES):
         return None, None
     check_same(folder, settings)
-    refused = [] if paths[0].name == STATES[0] else [f"{folder / STATES[0]}: no such file"]
-    for path in paths:
+    refused = []
+    for name in STATES:
         try:
-            state = read_state(path, settings, n_steps)
+            state = read_state(folder / name, settings, n_steps)
         except UserError as error:
             refused.append(str(error))
         else:
             if refused:
-                warnings.warn(f"{refused[0]}; going on from {path.name}", stacklevel=2)
-            return state, path.name
+                warnings.warn(f"{refused[0]}; going on from {name}", stacklevel=2)
+            return state, name
     raise UserError(f"{'; '.join(refused)}; there is no other state to go on from: start anew with another --out")
 
 

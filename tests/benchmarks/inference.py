@@ -54,7 +54,7 @@ from minirec.decompose import RATIOS, RECENT, block_caches, contribution_norms, 
 from minirec.errors import UserError
 from minirec.parameters import Config, init_parameters, sub_dict
 from minirec.training.parallel import usable_cores, worker_map
-from minirec.training.ranking import CASES_AT_A_TIME, chunks, last_representations, metrics, rank_targets, recommend
+from minirec.training.ranking import TARGETS_AT_A_TIME, chunks, last_representations, metrics, rank_targets, recommend
 
 N_ITEMS = 12_101  # of Beauty (Amazon, 5-core)
 LENGTHS = (50, 200)
@@ -341,7 +341,7 @@ def serve_users(users):
             if request.many and request.whole:
                 results = recommend(parameters, config, histories, TOP, run=together)
             elif request.many:
-                results = together(encode, chunks(len(histories), CASES_AT_A_TIME))
+                results = together(encode, chunks(len(histories), TARGETS_AT_A_TIME))
             elif request.whole:
                 results = (list(recommend(parameters, config, [h], TOP, run=alone)) for h in histories[:ALONE])
             else:
@@ -353,7 +353,7 @@ def serve_users(users):
 
 def serving(repeats):
     """Return the lines of a table: time per user, for each weighting and length."""
-    count = CASES_AT_A_TIME * usable_cores()  # a chunk of evaluate for each core
+    count = TARGETS_AT_A_TIME * usable_cores()  # a chunk of evaluate for each core
     heads = [f"{many}: {what}" for many in ("one", "many") for what in ("encode ms", "all ms", "users/s")]
     rows = [["", "L", *heads]]
     for length in LENGTHS:
