@@ -25,7 +25,7 @@ from minirec.errors import UserError
 from minirec.report import page as report
 from minirec.studies import statistics
 from minirec.training import ranking, runs
-from minirec.training.fit import load
+from minirec.training.fit import Model, load
 
 QUICK = ("--epochs", 1, "--seeds", 2, "--attn", "softmax", "--attn", "uniform")
 DEEP = 700 if sys.version_info < (3, 12) else 5000  # lists within lists, which are read and no further walked through
@@ -188,7 +188,7 @@ def test_mixing_and_curves_are_those_of_the_run(trained, found):
 
 
 def example(n_users=20, length=9, **sizes):
-    """Parameters as drawn, a log and a test split."""
+    """A Model with parameters as drawn, and its test targets."""
     rng = np.random.default_rng(0)
     log = Log(
         users=[f"u{u}" for u in range(n_users)],
@@ -197,13 +197,16 @@ def example(n_users=20, length=9, **sizes):
         sequence=rng.integers(3000, size=n_users * length).astype(np.int32),
     )
     config = model.Config(n_items=3000, hidden_size=8, **sizes)
-    return model.init_parameters(config, 0), config, log, leave_one_out(log).test
+    settings = {"training": {"filter_seen": True}}
+    return Model(config, model.init_parameters(config, 0), log.items, settings, [], lambda: log), leave_one_out(
+        log
+    ).test
 
 
 @pytest.mark.parametrize("sizes", [{"max_length": 200}, {"max_length": 200, "n_blocks": 4, "n_heads": 4}])
 def test_the_page_stays_small_for_long_histories(sizes):
-    parameters, config, log, test = example(n_users=60, length=220, **sizes)
-    users, items = report.explorer(parameters, {"softmax": config}, log, test)
+    untrained, test = example(n_users=60, length=220, **sizes)
+    users, items = report.explorer([untrained], test)
     assert 5e5 < len(json.dumps([users, items], separators=(",", ":"))) < 2.9e6
     assert users[0]["name"] == "u0" and users[-1]["name"] == "u59"  # evenly spread
 
@@ -214,8 +217,8 @@ def test_the_first_user_is_one_with_the_longest_history_and_the_others_follow_by
 
 
 def test_a_run_without_softmax_shows_its_own_weights(tmp_path):
-    parameters, config, log, test = example(attn="uniform")
-    users, _ = report.explorer(parameters, {"uniform": config}, log, test)
+    untrained, test = example(attn="uniform")
+    users, _ = report.explorer([untrained], test)
     for position in users[0]["positions"]:
         for block in position["blocks"]:
             np.testing.assert_allclose(decode(block["attention"][1]), 1 / (position["position"] + 1), rtol=1e-4)

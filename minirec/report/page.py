@@ -35,11 +35,11 @@ from minirec.studies.statistics import METRICS, MIXES_ABOVE, mean_hedges_g, publ
 from minirec.training import runs
 from minirec.training.parallel import usable_cores, worker_map
 from minirec.training.progress import best, finished
-from minirec.training.ranking import MISS, metrics, rank_targets, recommend
+from minirec.training.ranking import MISS, metrics, rank_targets
 
 USERS = 50  # to pick from; fewer where histories are long
 ROOM = 2_400_000  # characters for all rows of weights and norms: it bounds the page
-TOP, LOOKED_UP = 10, 100  # items recommended; ranks in which their place under the trained weighting is looked up
+TOP, LOOKED_UP = 10, 100  # items shown; the best ones under the trained weighting, among which they are looked up
 ALL_CANDIDATES = "all items, also those that the user had before (--no-filter-seen)"
 LEVELS = 999  # of a row's largest value, and so many steps down to 0: four characters a value
 
@@ -47,10 +47,10 @@ LEVELS = 999  # of a row's largest value, and so many steps down to 0: four char
 # What both pages need
 
 
-def page(found):
-    """Return the page, as UTF-8, that shows what describe_run or describe_study found."""
+def page(content):
+    """Return the page, as UTF-8, that shows what describe_run or describe_study returned."""
     template = resources.files("minirec.report").joinpath("page.html").read_text("utf-8")
-    return files.self_contained(template, found)
+    return files.self_contained(template, content)
 
 
 def legible(name):
@@ -83,10 +83,10 @@ def row(values):
     return [rounded(most), np.rint(values / max(most, TINY) * LEVELS).astype(int).tolist()]
 
 
-def mixing(found):
-    """Return what the pages show of how much a model mixes; found: its "mixing" and "pictures", heatmaps relative."""
-    pictures = [{name: np.array(values, float).tolist() for name, values in b.items()} for b in found["pictures"]]
-    return {"mixing": rounded(found["mixing"]), "pictures": rounded(pictures)}
+def mixing(result):
+    """Return what the pages show of how much a model mixes; result: its "mixing" and "pictures", heatmaps relative."""
+    pictures = [{name: np.array(values, float).tolist() for name, values in b.items()} for b in result["pictures"]]
+    return {"mixing": rounded(result["mixing"]), "pictures": rounded(pictures)}
 
 
 # A run
@@ -94,17 +94,14 @@ def mixing(found):
 
 def describe_run(model):
     """Return what the page of a run shows, ready for JSON; model: its Model, as from training.fit.load."""
-    config, records, log = model.config, model.records, model.log
-    filter_seen = model.filters_seen(None)
-    test = runs.split_log(log, model.settings).test
+    config, records = model.config, model.records
+    test = runs.split_log(model.log, model.settings).test
     trained = "+".join(dict.fromkeys(config.weightings))
     # Softmax is never substituted: where it was not trained, W_q and W_k are as drawn.
     models = {trained: model} | {w: model.with_attention(w) for w in FIXED if w != trained}
     ranks = [m.ranks() for m in models.values()]
     mixed = describe_mixing(model.decompose())
-    with worker_map(usable_cores(), np) as run:
-        configs = {w: m.config for w, m in models.items()}
-        users, items = explorer(model.parameters, configs, log, test, run, filter_seen)
+    users, items = explorer(list(models.values()), test)
     lengths = np.minimum(test.stops - test.starts, config.max_length)
     return {
         "kind": "run",
@@ -114,14 +111,14 @@ def describe_run(model):
         "metrics": [rounded(metrics(r)) for r in ranks],
         "curves": {name: [rounded(record.get(name)) for record in records] for name in ("loss", runs.SELECTED_BY)},
         "best_epoch": best(records)["epoch"] if records else None,
-        **{"n_items": config.n_items, "filter_seen": filter_seen, "n_test": len(test.users)},
-        **{"users": users, "items": [legible(log.items[i]) for i in items]},
+        **{"n_items": config.n_items, "filter_seen": model.filters_seen(None), "n_test": len(test.users)},
+        **{"users": users, "items": list(map(legible, items))},
         **mixing(mixed | {"pictures": relative_maps(mixed["pictures"], lengths)}),
     }
 
 
 def log_name(settings):
-    """Return the log's file name, without the folders that it lies in: they are nobody else's business."""
+    """Return the log's file name without its folders: they are private."""
     return legible(Path(settings["data"]["path"]).name)
 
 
@@ -153,16 +150,16 @@ def run_facts(model, test, ranks):
     return list(map(list, facts.items()))
 
 
-def explorer(parameters, configs, log, test, run=map, filter_seen=True):
-    """Return the users that one can pick, each with the latest positions of the history, and the items they name.
+def explorer(models, test):
+    """Return the users that one can pick, with the latest positions of their histories, and the names of items there.
 
-    configs: {weighting: Config}, the trained one first. A position is looked at as it was at its time: the model
-    sees the last max_length items up to it, and names the item that came next. Returns a list of users (see
-    below; items as places in the second list) and the numbers of these items.
+    models: the trained Model first, then the same with other weights substituted; test: its Targets. A position is
+    shown as it was at its time: the model sees the last max_length items up to it, and the item that came next is
+    known. Returns a list of users (see below; an item is an index into the second list) and the names.
     """
-    trained = next(iter(configs.values()))
-    longest = min(trained.max_length, int((test.stops - test.starts).max()))
-    characters = trained.n_blocks * (2 * trained.n_heads + 1) * longest * 4  # of a position
+    model, config, log = models[0], models[0].config, models[0].log
+    longest = min(config.max_length, int((test.stops - test.starts).max()))
+    characters = config.n_blocks * (2 * config.n_heads + 1) * longest * 4  # of a position
     n_positions = int(np.clip(ROOM // characters, 1, RECENT))
     n_users = int(np.clip(ROOM // (characters * n_positions), 1, USERS))
     sample = np.unique(np.linspace(0, len(test.users) - 1, n_users).round().astype(int))
@@ -175,49 +172,40 @@ def explorer(parameters, configs, log, test, run=map, filter_seen=True):
     ]
     targets = Targets(*map(np.array, zip(*targets, strict=True)))
     histories = [log.sequence[a:b] for a, b in zip(targets.starts, targets.stops, strict=True)]
-    rows = explain(parameters, trained, log.sequence, targets, run)
-    tops, ranks = [], []
-    for config in configs.values():
-        tops.append(top_items(parameters, config, histories, run, filter_seen))
-        ranks.append(np.concatenate(list(rank_targets(parameters, config, log.sequence, targets, filter_seen, run))))
+    # The names of the best items, best first: [model][target]
+    tops = [[[name for name, _ in best] for best in m.recommend_many(histories, LOOKED_UP)] for m in models]
+    with worker_map(usable_cores(), np) as run:
+        ranking = (log.sequence, targets, model.filters_seen(None), run)
+        ranks = [np.concatenate(list(rank_targets(model.parameters, m.config, *ranking))) for m in models]
+        rows = explain(model.parameters, config, log.sequence, targets, run)
 
-    places = {}  # item -> its place among those that the page names
+    indices = {}  # {name: its index among those that the page names}
 
-    def place(item):
-        return places.setdefault(int(item), len(places))
+    def index(name):
+        return indices.setdefault(name, len(indices))
 
     users = {}
     for number, (user, start, stop) in enumerate(zip(*targets, strict=True)):
         if user not in users:
-            shown = log.sequence[max(start, stop - trained.max_length - n_positions + 1) : stop]
-            before = int(stop - start - len(shown))
-            history = [place(item) for item in shown]
+            shown = log.sequence[max(start, stop - config.max_length - n_positions + 1) : stop]
+            history, before = [index(log.items[item]) for item in shown], int(stop - start - len(shown))
             users[user] = {"name": legible(log.users[user]), "before": before, "history": history, "positions": []}
-        was = {item: rank for rank, item in enumerate(tops[0][number], 1)}
+        was = {name: rank for rank, name in enumerate(tops[0][number], 1)}
         users[user]["positions"].append(
             {
                 "position": int(stop - start - 1),
-                "next": place(log.sequence[stop]),
+                "next": index(log.items[log.sequence[stop]]),
                 "ranks": [None if r[number] >= MISS else int(r[number]) + 1 for r in ranks],
-                "tops": [[place(item) for item in top[number][:TOP]] for top in tops],
-                "was": [[was.get(item) for item in top[number][:TOP]] for top in tops],  # None: beyond LOOKED_UP
+                "tops": [[index(name) for name in top[number][:TOP]] for top in tops],
+                "was": [[was.get(name) for name in top[number][:TOP]] for top in tops],  # None: beyond LOOKED_UP
                 "blocks": rows[number],
             }
         )
-    return list(users.values()), list(places)
-
-
-def top_items(parameters, config, histories, run=map, filter_seen=True):
-    """Return the LOOKED_UP best items for each history, a list each, best first (see ranking.recommend)."""
-    return [
-        [int(item) for item, score in zip(items, scores, strict=True) if score > -np.inf]
-        for chunk in recommend(parameters, config, histories, LOOKED_UP, run, filter_seen)
-        for items, scores in zip(*chunk, strict=True)
-    ]
+    return list(users.values()), list(indices)
 
 
 def explain(parameters, config, sequence, targets, run=map):
-    """Take apart what reaches the last position of each case's history, sequence[start:stop].
+    """Take apart what reaches the last position of the history of each target, sequence[start:stop].
 
     Returns a list of targets, each a list of blocks: {"attention", "heads": H rows; "contribution": a row, of what all
     heads and the residual come to; "ratios": {ratio: mixing ratio}}. Rows are over the keys, oldest first (see row).
@@ -228,7 +216,7 @@ def explain(parameters, config, sequence, targets, run=map):
     def explain_chunk(chunk):
         batch, caches = block_caches(parameters, config, sequence, starts[chunk], lengths[chunk])
         ends = np.cumsum(batch.lengths) - 1
-        found = [[] for _ in chunk]
+        blocks_of = [[] for _ in chunk]
         for i, cache in enumerate(caches):
             p = sub_dict(parameters, f"blocks.{i}.")
             ratios = mixing_ratios(cache, p, batch.buckets)
@@ -238,7 +226,7 @@ def explain(parameters, config, sequence, targets, run=map):
                 heads, together = head_norms(*last)[:, :, 0], contribution_norms(*last)[:, 0]
                 a = np.broadcast_to(attention.weights[..., -1, :], heads.shape)
                 for s in range(bucket.count):
-                    found[batch.order[number]].append(
+                    blocks_of[batch.order[number]].append(
                         {
                             "attention": [row(r) for r in a[s]],
                             "heads": [row(r) for r in heads[s]],
@@ -247,11 +235,11 @@ def explain(parameters, config, sequence, targets, run=map):
                         }
                     )
                     number += 1
-        return chunk, found
+        return chunk, blocks_of
 
     results = [None] * len(lengths)
-    for chunk, found in run(explain_chunk, work_chunks(lengths, np)):
-        for i, blocks in zip(chunk, found, strict=True):
+    for chunk, blocks_of in run(explain_chunk, work_chunks(lengths, np)):
+        for i, blocks in zip(chunk, blocks_of, strict=True):
             results[i] = blocks
     return results
 
