@@ -27,7 +27,7 @@ INTERRUPTED = 130  # the shell's exit status after Ctrl-C
 def escape_what_cannot_be_shown():
     """Let stdout and stderr escape the characters that their encoding lacks: "\\xe9", not an error in mid-output.
 
-    click takes a stream in ASCII for misconfigured, and writes UTF-8 to it. Under another name, ASCII is left as it is.
+    click writes UTF-8 to a stream in ASCII, which it takes for misconfigured. Under another name, ASCII stays ASCII.
     """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
@@ -37,10 +37,9 @@ def escape_what_cannot_be_shown():
 
 def _find_strict_ascii(name):
     """Return the codec ASCII for the name STRICT_ASCII, None for any other, as codecs.register wants it."""
-    if name != STRICT_ASCII:
-        return None
-    codec = codecs.lookup("ascii")
-    return codecs.CodecInfo(*codec, codec.incrementalencoder, codec.incrementaldecoder, name=STRICT_ASCII)
+    ascii = codecs.lookup("ascii")
+    renamed = codecs.CodecInfo(*ascii, ascii.incrementalencoder, ascii.incrementaldecoder, name=STRICT_ASCII)
+    return renamed if name == STRICT_ASCII else None
 
 
 STRICT_ASCII = "minirec_ascii"

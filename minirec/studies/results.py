@@ -335,6 +335,8 @@ def write_results(out, results):
     try:
         before = dict(files.read_json(path)["datasets"]) if path.exists() else {}
         earlier = {name: result for name, result in before.items() if name not in results and "table" in result}
+    except UserError as error:
+        raise UserError(f"{error}; remove it, then start again") from None
     except (TypeError, KeyError, ValueError) as error:
         raise UserError(f"{path}: damaged ({error!r}); remove it, then start again") from None
     if old := sorted(set(before) - set(earlier) - set(results)):
