@@ -156,7 +156,7 @@ def test_the_command_lists_writes_checks_and_shows(tmp_path, monkeypatch):
     "arguments, status, says",
     [
         (["nothing"], 2, "choose from relu_backward, "),
-        (["softmax", "--check", "nowhere.py"], 1, "nowhere.py: no such file"),
+        (["softmax", "--check", "nowhere.py"], 1, "nowhere.py: cannot be read"),
         (["softmax", "--check", "."], 1, "a regular file belongs here"),
         (["--solution"], 2, "which exercise?"),
         (["softmax", "--solution", "--check", "a.py"], 2, "choose one of them"),

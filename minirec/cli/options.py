@@ -27,7 +27,7 @@ class Number(click.FloatRange):
         return number
 
 
-RATE, SHARE = Number(0, min_open=True), Number(0, 1, max_open=True)  # of learning, and of what is dropped
+RATE, SHARE = Number(1e-12), Number(0, 1, max_open=True)  # of learning, and of what is dropped
 
 
 def comma_list(text):

@@ -86,7 +86,7 @@ class Training:
     batch_size: int = option(128, Range(1, LARGEST), "Sequences in a training step.")
     lr: float = option(1e-3, Range(1e-12, kind=float), "Learning rate of Adam.")
     patience: int = option(10, Range(1), "Epochs without a better validation score before training ends.")
-    seed: int = option(0, Range(0), "Of initial weights, batch order and dropout.")
+    seed: int = option(0, Range(0), "Seed of initial weights, batch order and dropout.")
     backend: str = option("numpy", BACKENDS)
     filter_seen: bool = option(True, bool)  # whether items that a user has had are no candidates
     workers: int = option(1, Range(1))
