@@ -596,7 +596,7 @@ def test_the_command_lists_suggests_and_instructs(tmp_path):
     listed = run_cli("fetch", cwd=tmp_path).stdout
     assert len(listed.splitlines()) == 1 + len(read_catalogue(catalogue.CATALOGUE)) and "1,000,209" in listed
     result = invoke("ml1m")
-    assert result.exit_code == 1 and "did you mean ml-1m?" in result.output
+    assert result.exit_code == 1 and "did you mean 'ml-1m'?" in result.output
     result = invoke("yelp", "--out", tmp_path / "new")
     assert result.exit_code == 1 and "yelp_academic_dataset_review.json into" in result.output
     assert not (tmp_path / "new").exists()

@@ -633,7 +633,7 @@ def test_a_killed_run_leaves_no_worker_and_no_lock(tmp_path):
 
 MISTAKES = {
     "missing log": (["train", "--data", "nowhere.txt"], 1, "nowhere.txt"),
-    "misspelt dataset": (["train", "--data", "chian"], 1, "did you mean chain?"),
+    "misspelt dataset": (["train", "--data", "chian"], 1, "did you mean 'chain'?"),
     "nothing to resume": (["train", "--resume", "--out", "nowhere"], 1, "no run to go on with"),
     "nothing to describe": (["describe", "--json"], 2, "Missing argument 'FILE'"),
     "missing log to describe": (["describe", "nowhere.txt"], 1, "nowhere.txt"),

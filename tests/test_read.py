@@ -276,7 +276,7 @@ def test_columns_of_times_that_are_not_taken_are_named(write):
 @pytest.mark.parametrize(
     "columns, message",
     [
-        ("user,itm,time", "no columns itm among 'user, item, time'"),
+        ("user,itm,time", "no columns itm among 'user, item, time'; did you mean 'item'"),
         ("user,item,9", "no columns 9 among"),
         ("user,0", "no columns 0 among"),
         ("user", "two or three different names"),

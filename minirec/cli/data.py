@@ -1,6 +1,5 @@
 """What a log is asked before training: `describe`, and where public ones come from: `fetch`."""
 
-import difflib
 import math
 import shlex
 from dataclasses import asdict, replace
@@ -26,7 +25,7 @@ from minirec.data.describe import MANY_REPEATS
 from minirec.data.describe import describe as describe_log
 from minirec.data.log import filter_log
 from minirec.data.read import read_log
-from minirec.errors import UserError
+from minirec.errors import UserError, did_you_mean
 from minirec.files import few
 from minirec.studies import grid as studying
 from minirec.training import runs
@@ -49,9 +48,7 @@ def fetch(name, out):
         click.echo("\n".join(catalogue_table(entries.values())))
         return
     if name not in entries:
-        near = difflib.get_close_matches(name, entries, 1, 0.4)
-        hint = f"; did you mean {near[0]}?" if near else ""
-        raise UserError(f"no {name!r} in the catalogue{hint} (python cli.py fetch lists it)")
+        raise UserError(f"no {name!r} in the catalogue{did_you_mean(name, entries)} (python cli.py fetch lists it)")
     entry = entries[name]
     say(f"{entry.title}, {entry.page}; licence: {entry.licence}")
     try:

@@ -1,7 +1,6 @@
 """What a finished run is asked: `evaluate`, `decompose`, `recommend`, `report`."""
 
 import csv
-import difflib
 import os
 import re
 import shlex
@@ -16,7 +15,7 @@ from minirec.cli import options
 from minirec.cli.common import Command, another_log, load_log, opened, progress, say, say_json
 from minirec.data.describe import remarks_on_repeats
 from minirec.decompose import RATIOS, contributions
-from minirec.errors import UserError
+from minirec.errors import UserError, did_you_mean
 from minirec.files import few
 from minirec.report import page as reporting
 from minirec.training import runs
@@ -240,8 +239,7 @@ def _user_history(model, data, user):
     path = data or model.settings["data"]["path"]
     user = log.users[0] if user is None else user
     if user not in log.users:
-        near = difflib.get_close_matches(user, log.users, 1)
-        raise UserError(f"no user {user!r} in {path}" + (f"; did you mean {near[0]!r}?" if near else ""))
+        raise UserError(f"no user {user!r} in {path}{did_you_mean(user, log.users)}")
     number = log.users.index(user)
     sequence = log.history(number)
     left_out = int(lengths[number]) - len(sequence)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from minirec.data.log import MISSING
 from minirec.data.times import kind_of_times
-from minirec.errors import UserError
+from minirec.errors import UserError, did_you_mean
 
 KNOWN = json.loads(Path(__file__).with_name("known.json").read_text(encoding="utf-8"))
 IDS = tuple(KNOWN["ids"].split())
@@ -97,7 +97,8 @@ def _asked(table, columns):
     places = {str(place + 1): place for place in range(len(table.names))}
     places, columns = places | {name: place for place, name in enumerate(table.names)}, list(map(clean_name, columns))
     if wrong := [column for column in columns if column not in places]:
-        raise UserError(f"no columns {', '.join(wrong)} among {shown(', '.join(table.names), 300)}")
+        near = did_you_mean(wrong[0], table.names) if table.header else ""
+        raise UserError(f"no columns {', '.join(wrong)} among {shown(', '.join(table.names), 300)}{near}")
     return [places[column] for column in columns]
 
 

@@ -13,7 +13,6 @@ followed, and that only while the log's fingerprint still matches.
 """
 
 import contextlib
-import difflib
 import os
 import re
 from dataclasses import fields, replace
@@ -25,7 +24,7 @@ from minirec import files
 from minirec.data import planted, split
 from minirec.data.log import CONTROL, Log, filter_log
 from minirec.data.read import read_log
-from minirec.errors import UserError
+from minirec.errors import UserError, did_you_mean
 from minirec.files import LONGEST_NAME
 from minirec.parameters import parameter_shapes
 from minirec.training.settings import LATER, Range, Source, check_settings, fixed_settings, model_config
@@ -125,8 +124,7 @@ def fingerprint(path):
     log = embedded_log(path)
     if log is not None:
         return log.sha256()
-    near = difflib.get_close_matches(str(path), planted.DATASETS, 1)
-    return files.fingerprint(path, f"; did you mean {near[0]}?" if near else "")
+    return files.fingerprint(path, did_you_mean(path, planted.DATASETS))
 
 
 def load_log(source, progress=None, to_split=True):
