@@ -18,6 +18,7 @@ from helpers import ROOT, last_json, run_cli
 
 from minirec import files, packing
 from minirec.cli import main
+from minirec.data.planted import N_USERS
 from minirec.decompose import RATIOS, contributions, decompose
 from minirec.model import encode
 from minirec.training import runs
@@ -131,7 +132,7 @@ def test_without_any_run_the_command_to_make_one_is_named(tmp_path, command):
 
 def test_evaluate_json(trained):
     result = last_json(run_cli("evaluate", trained, "--json", cwd=trained))
-    assert METRICS <= set(result) and result["split"] == "test" and result["users"] == 1200
+    assert METRICS <= set(result) and result["split"] == "test" and result["users"] == N_USERS
     other = last_json(run_cli("evaluate", trained, "--no-filter-seen", "--split", "valid", "--json", cwd=trained))
     assert other["split"] == "valid" and other["unreachable"] == 0
 
@@ -207,7 +208,7 @@ def test_recommend_for_everyone(trained, tmp_path):
     assert process.returncode == 0, process.stderr
     with open(tmp_path / "all.csv", newline="") as file:
         rows = list(csv.DictReader(file))
-    assert len(rows) == 3600 and rows[0]["user"] == "account 0" and rows[0]["rank"] == "1"
+    assert len(rows) == 3 * N_USERS and rows[0]["user"] == "account 0" and rows[0]["rank"] == "1"
 
 
 def invoke(*arguments):
@@ -722,7 +723,7 @@ def test_what_is_no_regular_file_is_written_into(trained, tmp_path):
     os.mkfifo(tmp_path / "pipe")
     with subprocess.Popen(["cat", "pipe"], cwd=tmp_path, stdout=subprocess.PIPE) as reader:
         run_cli("recommend", trained, "--all", "--top", 1, "--out", "pipe", cwd=tmp_path)
-        assert len(reader.communicate(timeout=30)[0].splitlines()) == 1201
+        assert len(reader.communicate(timeout=30)[0].splitlines()) == 1 + N_USERS
 
 
 def test_a_moved_log_is_asked_for_and_found_again(tmp_path):

@@ -12,6 +12,7 @@ import pickle
 import re
 import tarfile
 import zipfile
+from collections import Counter
 from contextlib import contextmanager
 from fractions import Fraction
 from itertools import groupby, pairwise
@@ -738,44 +739,49 @@ def test_batches_cover_everything_once_in_an_order_set_by_the_epoch(n, size, epo
     np.testing.assert_array_equal(np.concatenate(found), np.concatenate(batches(n, size, 0, epoch)))
 
 
-@pytest.mark.parametrize("name, back", [("chain", 1), ("household", 3)])
-def test_planted_chains_follow_from_so_many_items_back(name, back):
+def histories_of(log):
+    return [log.history(user).tolist() for user in range(len(log.users))]
+
+
+def among_three(histories, back):
+    """How often an item is one of the three that most often come so many places after another one."""
+    pairs = [pair for x in histories for pair in zip(x[:-back], x[back:], strict=True)]
+    followers = {}
+    for (before, _), n in Counter(pairs).items():
+        followers.setdefault(before, []).append(n)
+    return sum(sum(sorted(n)[-3:]) for n in followers.values()) / len(pairs)
+
+
+@pytest.mark.parametrize("name", planted.DATASETS)
+def test_a_planted_log_is_the_same_each_time_and_holds_nothing_twice(name):
     log = planted.DATASETS[name]()
     assert log.sha256() == planted.DATASETS[name]().sha256() != planted.DATASETS[name](seed=1).sha256()
-    successors = {}
-    for user in range(len(log.users)):
-        history = log.history(user).tolist()
-        for before, after in zip(history[:-back], history[back:], strict=True):
-            successors.setdefault(before, set()).add(after)
-    assert max(map(len, successors.values())) == planted.N_SUCCESSORS
-    assert (len(log.users), len(log.items)) == (planted.N_USERS, planted.N_ITEMS)
+    assert all(len(set(x)) == len(x) for x in histories_of(log)) and len(log.items) == planted.N_ITEMS
+    lengths = np.diff(log.offsets)
+    assert (lengths.min(), lengths.max()) == (planted.SHORTEST, planted.LONGEST)
 
 
-def test_taste_has_no_order_and_few_genres_a_user_and_nothing_twice():
-    log = planted.taste()
-    histories = [log.history(u) for u in range(len(log.users))]
+@pytest.mark.parametrize(
+    "name, back, least, others, most",
+    [
+        ("chain", [1], 0.98, [], 0),
+        ("household", [3], 0.98, [1, 2, 4, 5], 0.15),
+        ("drift", [1, 2, 3], 0.2, [5, 6], 0.17),
+    ],
+)
+def test_planted_chains_follow_from_so_many_items_back_and_from_no_others(name, back, least, others, most):
+    histories = histories_of(planted.DATASETS[name]())
+    assert all(among_three(histories, k) > least for k in back)
+    assert all(among_three(histories, k) < most for k in others)
+
+
+def test_taste_has_no_order_and_few_genres_a_user():
+    histories = [np.array(x) for x in histories_of(planted.taste())]
     genres = [np.bincount(history % planted.N_GENRES) / len(history) for history in histories]
-    assert 0.35 < np.mean([shares.max() for shares in genres]) < 0.65  # far above 1 / N_GENRES, and not one alone
-    halves = [np.array_split(history % planted.N_GENRES, 2) for history in histories]
+    assert 0.35 < np.mean([shares.max() for shares in genres]) < 0.75  # far above 1 / N_GENRES, and not one alone
+    halves = [np.array_split(history[: planted.SHORTEST] % planted.N_GENRES, 2) for history in histories]
     first, second = (np.mean([np.isin(a[i], a[1 - i]).mean() for a in halves]) for i in (0, 1))
-    assert abs(first - second) < 0.03  # early tells of late as late of early, but that favourites are used up
-    assert all(len(set(history)) == len(history) for history in histories)
-
-
-def test_drift_follows_from_one_of_the_last_three_and_nothing_comes_twice():
-    log = planted.drift()
-    histories = [log.history(u).tolist() for u in range(len(log.users))]
-    assert all(len(set(history)) == len(history) for history in histories)
-    counts, pairs = dict.fromkeys(range(1, 7), 0), {}
-    for history in histories:
-        for t in range(6, len(history)):
-            for back in counts:
-                pairs.setdefault((history[t - back], history[t]), []).append(back)
-    for backs in pairs.values():
-        if len(backs) > 20:  # a successor, not chance
-            for back in backs:
-                counts[back] += 1
-    assert min(counts[1], counts[2], counts[3]) > 2 * max(counts[4], counts[5], counts[6])
+    assert abs(first - second) < 0.03  # early tells of late as late of early, until favourites are used up
 
 
 @pytest.mark.parametrize(

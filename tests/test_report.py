@@ -20,6 +20,7 @@ from helpers import run_cli
 from minirec import decompose, files, model
 from minirec.attention import FIXED, known_weightings
 from minirec.data.log import Log
+from minirec.data.planted import N_USERS
 from minirec.data.split import leave_one_out
 from minirec.errors import UserError
 from minirec.report import page as report
@@ -166,7 +167,7 @@ def test_ranks_and_metrics_are_those_of_the_test_split(trained, found):
 
 def test_the_history_reaches_back_from_the_latest_position(trained, found):
     _, _, log = loaded(trained)
-    assert len(found["users"]) == report.USERS and found["n_test"] == 1200
+    assert len(found["users"]) == report.USERS and found["n_test"] == N_USERS
     for user, position, _, history in picked(found, log):
         n = len(decode(position["blocks"][0]["contribution"]))
         end = position["position"] + 1 - user["before"]

@@ -102,7 +102,7 @@ def catalogue_table(entries):
 def describe(path, as_json, **log_options):
     """What is in a log, and what would a study make of it?
 
-    FILE may also be an embedded one: chain, taste, household.
+    FILE may also be an embedded one: chain, taste, drift, household.
 
     \b
     python cli.py describe ratings.csv --columns who,what,when --k-core 5

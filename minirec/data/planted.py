@@ -4,88 +4,84 @@
                nothing need be mixed.
     taste      Every item is drawn from the user's own mixture of genres. The whole history matters
                equally and its order not at all: a plain average is all that mixing needs.
-    drift      Interest moves on: the next item is a successor, in the same chain, of one of the last three, by chance.
+    drift      Interest moves on: the next item is a successor, in a chain, of any of the last three.
                The recent past matters and the rest does not: weights that fall off with age, the same for
                everybody, are all that mixing needs.
-    household  Three people share an account and take turns, each following the chain: the next item
+    household  Three people share an account and take turns, each following a chain: the next item
                follows from the item THREE back, and the last two tell nothing. Attention must pick one
                position, which neither an average nor a decay can.
 
-Each has 200 items and some 1,000 users, so that a model trains in seconds. In taste and drift nobody has
-an item twice.
+Each has 200 items and 1,500 or 3,000 users, so that a model trains in seconds. Nobody has an item twice.
+
+Symbols: U users, V items.
 """
 
 import numpy as np
 
 from minirec.data.log import Log
 
-N_USERS, N_ITEMS, N_SUCCESSORS = 1200, 200, 3
-SHORTEST, LONGEST = 8, 24
-N_TASTES, N_GENRES, CONCENTRATION = 3000, 8, 0.3  # of taste: users; six in ten of a user's items are of two genres
-LOOKS_BACK = 3  # of drift
+N_USERS, N_ITEMS = 1500, 200
+SHORTEST, LONGEST = 12, 24
+N_TASTES, N_GENRES, CONCENTRATION = 3000, 8, 0.2  # of taste: users; eight in ten of a user's items are of two genres
 
 
 def chain(seed=0):
-    """Return a Log in which x[t] is one of three successors of x[t - 1]."""
-    return _follow_chain(seed, back=1)
+    """Return a Log in which x[t] follows x[t - 1]: one of three successors, which come 4 : 2 : 1 times."""
+    return _follow_chain(seed, [1], often=(4, 2, 1))
 
 
 def household(seed=0):
     """Return a Log in which x[t] is one of three successors of x[t - 3]."""
-    return _follow_chain(seed, back=3)
-
-
-def _follow_chain(seed, back):
-    rng = np.random.default_rng(seed)
-    successors = _successors(rng)
-    sequences = []
-    for length in rng.integers(SHORTEST, LONGEST + 1, N_USERS):
-        x = list(rng.integers(N_ITEMS, size=back))
-        while len(x) < length:
-            x.append(rng.choice(successors[x[-back]]))
-        sequences.append(x)
-    return _log(sequences)
-
-
-def _successors(rng):
-    return np.stack([rng.choice(N_ITEMS, N_SUCCESSORS, replace=False) for _ in range(N_ITEMS)])
+    return _follow_chain(seed, [3], often=(1, 1, 1))
 
 
 def drift(seed=0):
-    """Return a Log in which x[t] is a new one of the successors of x[t - 1], x[t - 2] or x[t - 3], by chance."""
+    """Return a Log in which x[t] is one of three successors of any of the three items before."""
+    return _follow_chain(seed, [1, 2, 3], often=(1, 1, 1))
+
+
+def _follow_chain(seed, back, often):
+    """Return a Log in which each item follows from one of those so many places `back`; the first ones are any."""
     rng = np.random.default_rng(seed)
-    successors = _successors(rng)
-    sequences = []
-    for length in rng.integers(SHORTEST, LONGEST + 1, N_USERS):
-        x = list(rng.choice(N_ITEMS, LOOKS_BACK, replace=False))
-        while len(x) < length:
-            new = [item for item in successors[x[-rng.integers(1, LOOKS_BACK + 1)]] if item not in x]
-            x.append(rng.choice(new or np.setdiff1d(np.arange(N_ITEMS), x)))
-        sequences.append(x)
-    return _log(sequences)
+    # How often the column's item follows the row's. Permutations make all items equally popular.
+    follows = sum(rate * np.eye(N_ITEMS)[rng.permutation(N_ITEMS)] for rate in often)
+
+    def chances(x):
+        t = x.shape[1]
+        return sum(follows[x[:, t - k]] for k in back) if t >= max(back) else np.ones((N_USERS, N_ITEMS))
+
+    return _draw(rng, N_USERS, chances)
 
 
 def taste(seed=0):
-    """Return a Log in which user u's items are drawn from u's own mixture of genres, each item once at most.
+    """Return a Log in which user u's items are drawn from u's own mixture of genres.
 
     Within a genre, item number k is drawn 1/k times as often as the first one.
     """
     rng = np.random.default_rng(seed)
     genre, popularity = np.arange(N_ITEMS) % N_GENRES, 1 / (1 + np.arange(N_ITEMS) // N_GENRES)
-    sequences = []
-    for length in rng.integers(SHORTEST, LONGEST + 1, N_TASTES):
-        liking = rng.dirichlet(np.full(N_GENRES, CONCENTRATION))
-        chances = np.maximum(liking[genre] * popularity, 1e-9)
-        sequences.append(np.argsort(-np.log(chances) - rng.gumbel(size=N_ITEMS))[:length])  # without replacement
-    return _log(sequences)
+    liking = rng.dirichlet(np.full(N_GENRES, CONCENTRATION), N_TASTES)[:, genre] * popularity
+    return _draw(rng, N_TASTES, lambda x: liking)
 
 
-def _log(sequences):
+def _draw(rng, n_users, chances):
+    """Return a Log whose items are drawn one after the other, each from those that its user has not had.
+
+    chances(x): how likely each item is to come next, up to a factor, [U, V], after the items x [U, t] so far. Where all
+    likely ones are had, any other comes. Of exponential waiting times with rates w, item i's is the shortest with
+    probability w_i / sum w.
+    """
+    lengths = rng.integers(SHORTEST, LONGEST + 1, n_users)
+    x, unseen = np.empty((n_users, LONGEST), np.int32), np.ones((n_users, N_ITEMS))
+    for t in range(LONGEST):
+        rates = (chances(x[:, :t]) + 1e-9) * unseen
+        x[:, t] = (rates / rng.exponential(size=rates.shape)).argmax(axis=1)
+        unseen[np.arange(n_users), x[:, t]] = 0
     return Log(
-        users=[f"account {u}" for u in range(len(sequences))],
+        users=[f"account {u}" for u in range(n_users)],
         items=[f"item {i}" for i in range(N_ITEMS)],
-        offsets=np.cumsum([0] + [len(x) for x in sequences]),
-        sequence=np.concatenate(sequences).astype(np.int32),
+        offsets=np.concatenate([[0], np.cumsum(lengths)]),
+        sequence=x[np.arange(LONGEST) < lengths[:, None]],
     )
 
 

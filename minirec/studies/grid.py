@@ -44,10 +44,14 @@ DENSE = 0.02  # share of all user-item pairs; such logs take a dropout of 0.2, s
 LONG = 100  # mean history from which the last 200 items are kept, not the last 50, as in the paper
 
 OPTIONS = {*LOG_OPTIONS, *SIZES, *TRAINING} - {"attn", "seed", "workers"}  # what a study takes, as fit does
-# The planted logs must show their regimes in minutes. taste is learned in ten epochs, and smaller steps make its seeds
-# agree; drift is learned on a plateau, and less patience would end some of its runs there.
-PLANTED = {"epochs": 60, "batch_size": 32, "lr": 2e-3, "patience": 4}
-OF_LOG = {"taste": {"lr": 1e-3}, "drift": {"patience": 6}}
+# The planted logs must show their regimes in two minutes: small models, large steps, short histories. taste has many
+# users, to be sure that two arms are equal; drift is learned on a plateau, where less patience would end a run.
+PLANTED = {"batch_size": 64, "lr": 5e-3, "patience": 3, "hidden": 32, "max_length": 12}
+OF_LOG = {
+    "taste": {"batch_size": 128, "lr": 3e-3},
+    "drift": {"patience": 6, "max_length": 24},
+    "household": {"lr": 8e-3, "max_length": 8},
+}
 
 
 # The library's front
@@ -112,7 +116,7 @@ def prepare(name, log, options, read, say):
         source = Source(name if planted else os.path.abspath(name), runs.fingerprint(name), **reading)
         defaults = PLANTED | OF_LOG.get(name, {}) if planted else {}
         name, log = runs.log_name(name), read(source)
-    defaults |= dict(zip(("max_length", "dropout"), sensible(log), strict=True))
+    defaults = dict(zip(("max_length", "dropout"), sensible(log), strict=True)) | defaults
     settings = make_settings(source, len(log.items), defaults | picked(options, OPTIONS))
     model = model_config(settings)
     backend.load(settings["training"]["backend"])  # or say now what it lacks
