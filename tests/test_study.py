@@ -537,7 +537,7 @@ def test_what_a_study_prints_is_what_its_results_hold(invented):
         first = lines.index(
             f"{arms}: NDCG@10 {c['difference']:+.4f}, {c['relative']:+.1%}, "
             "95% interval {:+.4f} to {:+.4f}, ".format(*c["interval"])
-            + f"mean Hedges' g {g:+.1f}, 2 seeds"
+            + f"mean Hedges' g {g:+.1f}, 2 seeds; judged at {1 - result['judged_at'][effect]:.1%}"
         )
     mixing = result["mixing"]
     ratios = [f"block {i} {block['attn_res_ln']['mean']:.3f}" for i, block in enumerate(mixing["blocks"])]

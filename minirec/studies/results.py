@@ -320,7 +320,8 @@ def text_table(name, result):
         lines.append(line(title, [f"{m:.4f}" + (f" ±{s:.4f}" if s is not None else "") for m, s in cells]))
     for what, (a, b) in COMPARED.items():
         if what in result:
-            lines.append(f"  {a} - {b}: {numbers(result[what])}")
+            judged = f"; judged at {1 - result['judged_at'][what]:.1%}" if n > 1 and what in IN_WORDS else ""
+            lines.append(f"  {a} - {b}: {numbers(result[what])}{judged}")
     blocks = [f"block {i} {block['attn_res_ln']['mean']:.3f}" for i, block in enumerate(result["mixing"]["blocks"])]
     blocks.append(f"latest position {result['mixing']['latest']['attn_res_ln']['mean']:.3f}")
     return "\n".join([*lines, f"  mixing ratio {result['mixing_ratio']:.3f} ({', '.join(blocks)})"])
