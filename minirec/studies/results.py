@@ -213,10 +213,10 @@ def find_caveats(result):
 NAMES = {"softmax": "learned attention", "uniform": "a causal average"}
 NAMES |= {"identity": "the last item alone", "recency": "a fixed recency decay"}
 WORDS = {  # for what statistics.judge says
-    "equal": "{b} does as well as {a}",
+    "equal": f"{{b}} does as well as {{a}}, to within {statistics.MARGIN:.0%}",
     "better": "{a} beats {b}",
     "worse": "{b} beats {a}",
-    "no better": "{a} does no better than {b}",
+    "no better": f"{{a}} does no better than {{b}}, or by less than {statistics.MARGIN:.0%}",
     "unclear": "these runs cannot tell {a} from {b}",
 }
 
@@ -248,12 +248,14 @@ def verdict(name, result):
             a, b = (NAMES[attn] for attn in COMPARED[what])
             parts.append(WORDS[judgements[what]].format(a=a, b=b))
     if result["relies_on"]:
-        brought = f"recency alone brings {1 - result['content_share']:.0%} of what learned weights gain"
-        counts = {"content": "it is content that counts", "recency": "it is recency that counts, not content"}
-        parts.append(f"{brought}: {counts[result['relies_on']]}")
+        share, (low, high) = result["content_share"], result["content_share_interval"]
+        brought = f"recency alone brings {1 - share:.0%} of what learned weights gain ({1 - high:.0%} to {1 - low:.0%})"
+        counts = {"content": "content counts for more than recency", "recency": "recency counts for more than content"}
+        unclear = low <= statistics.HALF <= high  # a caveat says so
+        parts.append(brought if unclear else f"{brought}: {counts[result['relies_on']]}")
     caveats = f", not confident ({'; '.join(result['caveats'])})" if result["caveats"] else ""
     return (
-        f"{name}: {'; '.join(parts)}; blocks keep {1 - result['mixing_ratio']:.0%} of each position: "
+        f"{name}: {'; '.join(parts)}; blocks keep {1 - result['mixing_ratio']:.0%} of a position on average: "
         f"regime {result['regime'].replace('_', ' ')}{caveats}."
     )
 
@@ -324,7 +326,9 @@ def text_table(name, result):
             lines.append(f"  {a} - {b}: {numbers(result[what])}{judged}")
     blocks = [f"block {i} {block['attn_res_ln']['mean']:.3f}" for i, block in enumerate(result["mixing"]["blocks"])]
     blocks.append(f"latest position {result['mixing']['latest']['attn_res_ln']['mean']:.3f}")
-    return "\n".join([*lines, f"  mixing ratio {result['mixing_ratio']:.3f} ({', '.join(blocks)})"])
+    ratio, spread = f"  mixing ratio {result['mixing_ratio']:.3f}", result["mixing_ratio_interval"]
+    ratio += ", {:.0%} interval over seeds {:.3f} to {:.3f}".format(statistics.CONFIDENCE, *spread) if spread else ""
+    return "\n".join([*lines, f"{ratio} ({', '.join(blocks)})"])
 
 
 def write_results(out, results):
