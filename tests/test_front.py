@@ -57,6 +57,14 @@ def test_every_name_of_the_front_is_there_after_every_submodule_was_imported():
         _ = minirec.nothing
 
 
+def test_a_log_and_a_model_show_themselves_in_a_line_however_large_they_are(log, model):
+    assert repr(minirec.Log.from_columns([*"aaab"], [*"xyzx"])) == (
+        "<Log: 2 users, 3 items, 4 interactions; columns users, items; 4 rows>"
+    )
+    assert repr(log).startswith("<Log: 30 users, 15 items, ") and "\n" not in repr(log)
+    assert repr(model) == f"Model(config={model.config!r}, folder=None)"
+
+
 def test_importing_the_core_imports_numpy_alone():
     code = "import sys; from minirec import model, decompose; print({'click', 'threadpoolctl'} & set(sys.modules))"
     process = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)

@@ -185,8 +185,7 @@ def another_log(model, data, to_split):
         source = replace(source, k_core=1)
     try:
         log = load_log(source, to_split=to_split)
-        counts = f"{len(log.users):,} users, {len(log.items):,} items, {len(log.sequence):,} interactions"
-        say(f"{data}: another log than {model.folder} was trained on: {counts}")
+        say(f"{data}: another log than {model.folder} was trained on: {log.counts()}")
         yield log
     except UserError as error:
         words = typed(model.settings["data"], *LOG_OPTIONS) or " no options"

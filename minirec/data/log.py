@@ -42,6 +42,14 @@ class Log:
     remarks: list = field(default_factory=list)  # lines: what a person may not expect of it
     first_rows: list = field(default_factory=list)  # (user, item, time), texts, as they were understood
 
+    def __repr__(self):
+        """Sizes, and how it was read: what a notebook shows, where all names and numbers would bury them."""
+        return f"<Log: {'; '.join(filter(None, [self.counts(), self.read_as]))}>"
+
+    def counts(self):
+        """Return its size in words."""
+        return f"{len(self.users):,} users, {len(self.items):,} items, {len(self.sequence):,} interactions"
+
     def history(self, user):
         """Return the item indices of user number `user`, oldest first."""
         return self.sequence[self.offsets[user] : self.offsets[user + 1]]

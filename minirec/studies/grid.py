@@ -125,9 +125,8 @@ def prepare(name, log, options, read, say):
     if not n_users or not len(training_windows(log, split, model.max_length)[0]):
         why = "no user to test on, or nothing to train on"
         raise UserError(f"{source.path}: too small for a {source.split} split: {why}")
-    counts = f"{len(log.users):,} users, {len(log.items):,} items, {len(log.sequence):,} interactions"
     sizes = f"the last {model.max_length} items, dropout {model.dropout}, {epochs} epochs at most"
-    say(f"{name}: {counts}; {n_users:,} test users; {sizes}")
+    say(f"{name}: {log.counts()}; {n_users:,} test users; {sizes}")
     for line in remarks_on_targets(log, split, settings["training"]["filter_seen"]):
         say(line)
     return Dataset(name, log, settings)

@@ -192,9 +192,9 @@ class Model:
     """
 
     config: Config
-    parameters: dict  # {name: array}, on NumPy or CuPy
-    items: list  # V names, in the model's numbering
-    settings: dict  # as config.json holds them (see settings.py)
+    parameters: dict = field(repr=False)  # {name: array}, on NumPy or CuPy
+    items: list = field(repr=False)  # V names, in the model's numbering
+    settings: dict = field(repr=False)  # as config.json holds them (see settings.py)
     records: list = field(repr=False)  # one an epoch, as in metrics.jsonl
     read_log: object = field(repr=False)  # () -> the Log that it was trained on, filtered
     folder: Path | None = None
