@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import warnings
 from dataclasses import replace
 
 import numpy as np
@@ -222,3 +223,41 @@ def test_a_studys_folder_in_the_place_of_a_runs_is_called_what_it_is(model, tmp_
     (tmp_path / "study.json").write_text("{}")
     with pytest.raises(UserError, match="report makes its page"):
         minirec.load(tmp_path)
+
+
+def test_a_history_that_is_no_list_of_items_is_refused_and_never_taken_apart(model):
+    for history in ("12", 7, [7.5], [None], [["1", "2"]]):
+        with pytest.raises(UserError, match="a history is a list of item names or numbers, oldest first, not "):
+            model.recommend(history)
+
+
+def test_a_number_that_is_another_items_name_is_remarked_on(log, model):
+    model = replace(model, items=model.items[::-1])  # number 2 is called 12, as 2 is another's name
+    with pytest.warns(UserWarning, match="history: 2 is the number of an item; for the item of that name write '2'"):
+        by_number = model.recommend([2])
+    assert by_number == model.recommend(["12"]) != model.recommend(["2"])
+    with warnings.catch_warnings(action="error"):
+        model.recommend(log.history(0))  # these are numbers for sure
+
+
+def test_single_models_are_compared_as_lists_of_one_are(model):
+    uniform = model.with_attention("uniform", blocks=0)
+    assert uniform.config.weightings == ("uniform", "softmax")
+    assert minirec.compare(model, uniform) == minirec.compare([model], [uniform])
+
+
+def test_models_of_one_seed_or_of_two_logs_are_not_compared(log, model):
+    with pytest.raises(UserError, match=r"different seeds; here \[0, 0\] and \[0, 0\]"):
+        minirec.compare([model, model], [model, model])
+    other = minirec.fit(log, **QUIET, k_core=2)
+    with pytest.raises(UserError, match="different logs, or on different parts of one"):
+        minirec.compare(model, other)
+
+
+def test_a_study_says_what_it_does_and_takes_a_single_log(log, tmp_path, capsys):
+    pytest.importorskip("scipy")
+    options = {"seeds": 1, "weightings": ["softmax", "uniform"], "epochs": 1, "hidden": 8, "workers": 1}
+    assert list(minirec.study(log, folder=tmp_path, **options)) == ["log"]
+    assert "log: 30 users, 15 items" in capsys.readouterr().err
+    with pytest.raises(UserError, match=r"mine is no Log, but a str: read_log\(path\)"):
+        minirec.study({"mine": "ratings.csv"}, **options)

@@ -741,7 +741,7 @@ def test_two_lists_of_models_are_compared_as_a_study_compares_its_arms(invented)
     def models(attn):
         config = SimpleNamespace(weightings=(attn, attn))
         for seed in (0, 1):
-            settings = {"training": {"seed": seed}}
+            settings = {"training": {"seed": seed}, "data": {}}
             yield SimpleNamespace(config=config, settings=settings, ranks=lambda part, seed=seed: ranks[attn][seed])
 
     assert showing.compare(list(models("softmax")), list(models("uniform"))) == found

@@ -11,6 +11,7 @@ import contextlib
 import itertools
 import os
 import signal
+import sys
 import tempfile
 import time
 from collections import deque
@@ -24,7 +25,7 @@ import numpy as np
 from minirec import backend, files
 from minirec.attention import known_weightings
 from minirec.data.describe import remarks_on_targets
-from minirec.data.log import filter_log
+from minirec.data.log import Log, filter_log
 from minirec.data.split import training_windows
 from minirec.decompose import decompose
 from minirec.errors import UserError
@@ -57,15 +58,20 @@ OF_LOG = {
 # The library's front
 
 
-def study(logs, weightings=None, seeds=3, folder=None, workers=None, read=None, say=None, show=None, **options):
+def print_line(line):
+    """Print a line on stderr."""
+    print(line, file=sys.stderr)
+
+
+def study(logs, weightings=None, seeds=3, folder=None, workers=None, read=None, say=print_line, show=None, **options):
     """Train all weightings on all logs with the same seeds; return what they show.
 
-    logs: {name: Log}, or a list of paths and of names of planted logs; weightings: their names, softmax and uniform
-    among them (None: all); folder: where the runs, study.json and study.csv go, and where a study that was stopped goes
-    on (None: a temporary one); workers: runs at a time (None: all usable cores). options: those of fit, format and
-    columns; max_length and dropout follow the log where they are not given, and the planted logs train faster.
-    read(source): how a file becomes a Log (None: runs.load_log); say(line): called with what was decided and done;
-    show(text): with where it is, after each epoch.
+    logs: {name: Log}, or a list of paths and of names of planted logs, or a single log; weightings: their names,
+    softmax and uniform among them (None: all); folder: where the runs, study.json and study.csv go, and where a study
+    that was stopped goes on (None: a temporary one); workers: runs at a time (None: all usable cores). options: those
+    of fit, format and columns; max_length and dropout follow the log where they are not given, and the planted logs
+    train faster. read(source): how a file becomes a Log (None: runs.load_log); say(line): called with what was decided
+    and done (None: in silence); show(text): with where it is, after each epoch.
     Returns {name: results}, as study.json holds them: "verdict", "regime", "confident", "caveats", ...; None on all
     ranks of mpiexec but the first one. Raises UserError where a log cannot be studied, or no run comes to its end.
     """
@@ -76,6 +82,8 @@ def study(logs, weightings=None, seeds=3, folder=None, workers=None, read=None, 
         raise UserError(f"a study compares softmax with uniform, of {', '.join(known_weightings())}; not {weightings}")
     if unknown := set(options) - OPTIONS:
         raise UserError(f"a study takes no {', '.join(sorted(unknown))}")
+    if isinstance(logs, (Log, str, os.PathLike)):
+        logs = {"log": logs} if isinstance(logs, Log) else [logs]
     datasets = {}
     for log in logs:
         dataset = prepare(log, logs[log] if isinstance(logs, dict) else None, options, read, say)
@@ -109,6 +117,10 @@ def prepare(name, log, options, read, say):
 
     reading, defaults = picked(options, LOG_OPTIONS), {}
     if log is not None:
+        if not isinstance(log, Log):
+            raise UserError(
+                f"{name} is no Log, but a {type(log).__name__}: read_log(path) or Log.from_columns makes one"
+            )
         source = Source(runs.LOG, log.sha256(), **reading)
         log = filter_log(log, source.k_core, source.drop_repeats)
     else:

@@ -263,13 +263,28 @@ def verdict(name, result):
 def compare(models_a, models_b, part="test"):
     """Compare two lists of trained models, one of each a seed, as a study compares its arms.
 
-    models_a, models_b: Models or run folders, of the same log and the same seeds. Returns {"comparison": {metric: as
-    from statistics.compare}, "mean_hedges_g", "judgement", "sentence"}. Raises UserError where seeds or users differ.
+    models_a, models_b: Models or run folders, of the same log and the same seeds; or a single one of each.
+    Returns {"comparison": {metric: as from statistics.compare}, "mean_hedges_g", "judgement", "sentence"}. Raises
+    UserError where logs, seeds or users differ.
     """
-    arms = [[m if hasattr(m, "ranks") else load(m) for m in models] for models in (models_a, models_b)]
-    ranks = [{m.settings["training"]["seed"]: m.ranks(part) for m in models} for models in arms]
+    arms = [models if isinstance(models, (list, tuple)) else [models] for models in (models_a, models_b)]
+    arms = [[m if hasattr(m, "ranks") else load(m) for m in models] for models in arms]
+    seeds = [[m.settings["training"]["seed"] for m in models] for models in arms]
+    if any(len(set(of_arm)) < len(of_arm) for of_arm in seeds):
+        raise UserError(f"the models of an arm are of different seeds; here {seeds[0]} and {seeds[1]}")
+    if len({test_of(m) for models in arms for m in models}) > 1:
+        raise UserError("the models were trained on different logs, or on different parts of one")
+    ranks = [
+        {seed: m.ranks(part) for seed, m in zip(of_arm, models, strict=True)}
+        for of_arm, models in zip(seeds, arms, strict=True)
+    ]
     a, b = ("+".join(dict.fromkeys(models[0].config.weightings)) for models in arms)
     return compare_ranks(*ranks, *((a, b) if a != b else (f"{a}, the first models", f"{b}, the second models")))
+
+
+def test_of(model):
+    """Return what two models have in common where they are tested on the same users and targets."""
+    return tuple(model.settings["data"].get(name) for name in ("sha256", "split", "k_core", "drop_repeats"))
 
 
 def compare_ranks(ranks_a, ranks_b, a="softmax", b="uniform"):

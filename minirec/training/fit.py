@@ -7,6 +7,7 @@ stops anywhere and is resumed ends in the same bits as one that did not stop.
 """
 
 import difflib
+import operator
 import sys
 import time
 import warnings
@@ -214,7 +215,7 @@ class Model:
         attn: a name from attention.known_weightings(); blocks: numbers of the blocks, from 0; None: all.
         """
         n_blocks = self.config.n_blocks
-        changed = range(n_blocks) if blocks is None else list(blocks)
+        changed = range(n_blocks) if blocks is None else np.atleast_1d(blocks).tolist()
         if not set(changed) <= set(range(n_blocks)):
             raise UserError(f"blocks {blocks}: the model has blocks 0 to {n_blocks - 1}")
         weightings = tuple(attn if i in changed else trained for i, trained in enumerate(self.config.weightings))
@@ -303,9 +304,24 @@ class Model:
         return known, moved
 
     def history(self, history):
-        """Return a history, item names or numbers, as numbers [n]; names that the model does not know are left out."""
-        numbers, items = {name: i for i, name in enumerate(self.items)}, list(history)
-        known = [numbers.get(item) if isinstance(item, str) else int(item) for item in items]
+        """Return a history as item numbers [n]: texts are names of items, and numbers are their numbers.
+
+        Names that the model does not know are left out, with a warning.
+        """
+        numbers = {name: i for i, name in enumerate(self.items)}
+        wrong = UserError(f"a history is a list of item names or numbers, oldest first, not {history!r:.60}")
+        if isinstance(history, str):  # whose characters are no items
+            raise wrong
+        try:
+            items = list(history)
+            known = [numbers.get(item) if isinstance(item, str) else operator.index(item) for item in items]
+        except TypeError:
+            raise wrong from None
+        if getattr(history, "dtype", None) != np.int32:  # as Log.history has them
+            for item in items:
+                if not isinstance(item, str) and numbers.get(str(item), item) != item:
+                    tell(f"history: {item} is the number of an item; for the item of that name write {str(item)!r}")
+                    break
         unknown = [item for item, number in zip(items, known, strict=True) if number is None]
         known = np.array([number for number in known if number is not None], int)
         if not len(known):
