@@ -53,7 +53,7 @@ def write(path, fill):
 
     Where the path is a link, its target is replaced; a device or a pipe is written into.
     """
-    if not os.path.exists(path) or os.path.isfile(path) or os.path.isdir(path):
+    if not is_device(path):
         return replace(Path(os.path.realpath(path)), fill)
     with naming(path, "cannot be written"), open(path, "wb") as file:
         return fill(file)
@@ -62,8 +62,8 @@ def write(path, fill):
 def replace(path, fill, previous=None):
     """Write a file by fill(file), and return what that returns. Whatever happens, the file is whole: old or new.
 
-    previous: the path under which the old file is kept. Raises UserError where it cannot be written, where the path is
-    a link (it could lead anywhere) or anything else but a file, or where another process is writing it.
+    previous: the path to which the old file is copied first. Raises UserError where it cannot be written, where the
+    path is a link (it could lead anywhere) or anything else but a file, or where another process is writing it.
     """
     temporary = path.with_name(f".{path.name}.tmp")
     with naming(path, "cannot be written"):
@@ -79,34 +79,13 @@ def replace(path, fill, previous=None):
                 file.flush()
                 os.fsync(file.fileno())
             if previous and path.exists():
-                _keep(path, previous)
+                with open(path, "rb") as old:
+                    replace(previous, lambda copy: shutil.copyfileobj(old, copy))
             os.replace(temporary, path)
         except BaseException:
-            with contextlib.suppress(OSError):
-                temporary.unlink()
+            temporary.unlink(missing_ok=True)
             raise
-    if hasattr(os, "O_DIRECTORY"):  # the rename itself must reach the disk too, where a folder can be synced
-        with contextlib.suppress(OSError):
-            folder = os.open(path.parent, os.O_DIRECTORY)
-            try:
-                os.fsync(folder)
-            finally:
-                os.close(folder)
     return result
-
-
-def _keep(path, previous):
-    """Make `previous` a second name of a file. At every moment, both names are those of whole files."""
-    temporary = previous.with_name(f".{previous.name}.tmp")
-    temporary.unlink(missing_ok=True)
-    try:
-        os.link(path, temporary)
-    except OSError:  # some file systems have no second names
-        with open(path, "rb") as file:
-            replace(previous, lambda copy: shutil.copyfileobj(file, copy))
-        return
-    os.replace(temporary, previous)
-    temporary.unlink(missing_ok=True)  # renaming does nothing where both are names of one file already
 
 
 def write_json(path, value):
@@ -150,6 +129,11 @@ def check_regular(path):
         raise UserError(f"{path}: a regular file belongs here, not a link, a folder or a device")
 
 
+def is_device(path):
+    """Whether a path leads to something that holds no fixed bytes: a device, a pipe or a socket."""
+    return os.path.exists(path) and not os.path.isfile(path) and not os.path.isdir(path)
+
+
 @contextlib.contextmanager
 def opened(path, largest=None):
     """Open a regular file to read its bytes; largest: how many it may have. Raises UserError."""
@@ -160,6 +144,19 @@ def opened(path, largest=None):
             size = os.fstat(file.fileno()).st_size
             if largest is not None and size > largest:
                 raise UserError(f"{path}: {size:,} bytes long, where at most {largest:,} make sense")
+            yield file
+
+
+@contextlib.contextmanager
+def opened_by_name(path, hint=""):
+    """Open a file that a person named, to read its bytes; a link to one will do. Raises UserError.
+
+    hint: what is added where it cannot be read.
+    """
+    with naming(path, "cannot be read", hint):
+        if is_device(path):
+            raise UserError(f"{path}: not a regular file; save it as one")
+        with open(path, "rb") as file:
             yield file
 
 
@@ -178,11 +175,11 @@ def read_lines(path):
                 raise UserError(f"{path}, line {number}: not UTF-8 text") from None
 
 
-def read_json(path, largest=LARGEST_JSON):
-    """Read a JSON file; largest: see opened."""
+def read_json(path, largest=LARGEST_JSON, parse=json.loads):
+    """Read a JSON file; largest: see opened; parse: what makes the value of its text."""
     with opened(path, largest) as file:
         try:
-            return json.loads(file.read().decode())
+            return parse(file.read().decode())
         except (ValueError, RecursionError) as error:
             raise UserError(f"{path}: not valid JSON ({error})") from None
 
@@ -191,11 +188,7 @@ def read_json_lines(path):
     """Read a file of one JSON object a line; a missing file is an empty one."""
     if not os.path.lexists(path):
         return []
-    with opened(path, LARGEST_JSON) as file:
-        try:
-            return [json.loads(line) for line in file.read().decode().splitlines()]
-        except (ValueError, RecursionError) as error:
-            raise UserError(f"{path}: not readable as JSON lines ({error})") from None
+    return read_json(path, parse=lambda text: [json.loads(line) for line in text.splitlines()])
 
 
 @contextlib.contextmanager
@@ -248,12 +241,9 @@ def read_arrays(path):
 
 
 def fingerprint(path, hint=""):
-    """Return the SHA-256 of a file that a person named; hint: what is added where it cannot be read."""
-    with naming(path, "cannot be read", hint):
-        if os.path.exists(path) and not os.path.isfile(path):
-            raise UserError(f"{path}: not a regular file; save it as one")
-        with open(path, "rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+    """Return the SHA-256 of a file that a person named; hint: see opened_by_name."""
+    with opened_by_name(path, hint) as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def make_folder(folder):

@@ -16,7 +16,6 @@ import gzip
 import io
 import itertools
 import json
-import os
 import re
 import zipfile
 from functools import partial
@@ -27,6 +26,7 @@ from minirec.data.columns import KNOWN, TIMES, choose, clean_name, is_header, kn
 from minirec.data.log import collect, located, texts_of
 from minirec.data.times import day_joined_with
 from minirec.errors import UserError
+from minirec.files import opened_by_name
 
 FORMATS = ("lines", "pairs", "inter", "csv", "json")
 TIES = ("file", "shuffle")
@@ -58,8 +58,11 @@ def read_log(path, columns=None, format=None, time_format=None, ties="file", pro
     if columns and not 2 <= len(set(columns)) == len(columns) <= 4:
         raise UserError(f"--columns {','.join(columns)}: expected two or three different names, USER,ITEM[,TIME]")
     csv.field_size_limit(MAX_LINE)
-    with located(path):
-        table = _parquet(path) or _text(_Lines(path, progress, member), columns, format)
+    with opened_by_name(path) as file, located(path):
+        if file.peek(4)[:4] == b"PAR1":
+            table = _parquet(path)
+        else:
+            table = _text(_Lines(_decoded(file, progress, member)), columns, format)
         places, remarks = choose(table, columns)
         names = [table.names[place] for place in places]
         unused = [name for place, name in enumerate(table.names) if name and place not in places]
@@ -99,8 +102,8 @@ class _Lines:
     lines and their numbers.
     """
 
-    def __init__(self, path, progress, member):
-        self.number, self.delimiter, n_comments, lines = 0, None, 0, _decoded(path, progress, member)
+    def __init__(self, lines):
+        self.number, self.delimiter, n_comments = 0, None, 0
         for line in lines:
             separator = SEPARATOR.fullmatch(line)
             if not (separator or line[0] in "#%" or RULE.fullmatch(line)):
@@ -124,36 +127,33 @@ class _Lines:
         raise UserError(f"line {number or self.number}: {message}")
 
 
-def _decoded(path, progress, member):
+def _decoded(file, progress, member):
     """Yield the lines of a file, bytes that are no UTF-8 as lone surrogates, which no id may hold."""
     number, unlooked, told = 0, 0, 0
     try:
-        if os.path.exists(path) and not os.path.isfile(path) and not os.path.isdir(path):
-            raise UserError("not a regular file; save the log to one")
-        with open(path, "rb") as file:
-            stream = io.BufferedReader(_unpacked(file, member), CHUNK_BYTES)
-            head = stream.peek()
-            for pattern, what in KNOWN["not"].items():
-                if re.match(pattern, head[:4096].decode("latin-1")):
-                    raise UserError(what)
-            end = "\r" if b"\r" in head[:-1] and b"\n" not in head else "\n"  # as text from an old Mac
-            text = io.TextIOWrapper(stream, "utf-8-sig", "surrogateescape", end)
-            while line := text.readline(MAX_LINE):
-                number, unlooked = number + 1, unlooked + len(line)
-                if len(line) == MAX_LINE:
-                    raise UserError(f"line {number}: longer than {MAX_LINE:,} characters: is it text?")
-                yield line.rstrip("\r\n") + "\n"
-                if unlooked > CHUNK_BYTES:
-                    if stream.tell() > max(EXPANSION_FROM, MAX_EXPANSION * file.tell()):
-                        raise UserError(f"grows more than {MAX_EXPANSION}-fold when unzipped: is it a log?")
-                    if progress:
-                        progress(file.tell() - told)
-                    unlooked, told = 0, file.tell()
+        stream = io.BufferedReader(_unpacked(file, member), CHUNK_BYTES)
+        head = stream.peek()
+        for pattern, what in KNOWN["not"].items():
+            if re.match(pattern, head[:4096].decode("latin-1")):
+                raise UserError(what)
+        end = "\r" if b"\r" in head[:-1] and b"\n" not in head else "\n"  # as text from an old Mac
+        text = io.TextIOWrapper(stream, "utf-8-sig", "surrogateescape", end)
+        while line := text.readline(MAX_LINE):
+            number, unlooked = number + 1, unlooked + len(line)
+            if len(line) == MAX_LINE:
+                raise UserError(f"line {number}: longer than {MAX_LINE:,} characters: is it text?")
+            yield line.rstrip("\r\n") + "\n"
+            if unlooked > CHUNK_BYTES:
+                if stream.tell() > max(EXPANSION_FROM, MAX_EXPANSION * file.tell()):
+                    raise UserError(f"grows more than {MAX_EXPANSION}-fold when unzipped: is it a log?")
+                if progress:
+                    progress(file.tell() - told)
+                unlooked, told = 0, file.tell()
     except UserError:  # which is a ValueError too
         raise
     except Exception as error:  # of many kinds, where a gzip or zip file is cut, altered, encrypted or oddly packed
         if isinstance(error, OSError) and error.errno:
-            raise UserError(f"cannot be read ({error.strerror})") from None
+            raise  # of the system, which opened_by_name names
         raise UserError(f"damaged gzip or zip file after line {number} ({error}); fetch it again") from None
 
 
@@ -314,12 +314,7 @@ def _flat(fields, prefix=""):
 
 
 def _parquet(path):
-    """Return the _Table of a Parquet file, or None where it is none."""
-    if not os.path.isfile(path):
-        return None
-    with contextlib.suppress(OSError), open(path, "rb") as file:
-        if file.read(4) != b"PAR1":
-            return None
+    """Return the _Table of a Parquet file."""
     try:
         import pandas
 
