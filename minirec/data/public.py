@@ -70,12 +70,9 @@ class Entry:
 def read_catalogue(path):
     """Return the catalogue in a JSON file as {name: Entry}, in its order. Raises UserError where it is none."""
     try:
-        entries = [Entry(**value) for value in files.read_json(path)["datasets"]]
-    except UserError:
-        raise
-    except (TypeError, KeyError, AttributeError, ValueError) as error:
+        return {value["name"]: Entry(**value) for value in files.read_json(path)["datasets"]}
+    except (TypeError, KeyError, ValueError) as error:
         raise UserError(f"{path}: not a catalogue ({error})") from None
-    return {entry.name: entry for entry in entries}
 
 
 def fetch(entry, folder, progress, say):
@@ -92,6 +89,10 @@ def fetch(entry, folder, progress, say):
     with files.locked(folder):
         if path.exists():
             return path, None
+        have = sum(file.stat().st_size for file in (source, part) if file.exists())
+        needed = entry.csv_at_most_bytes + max(0, entry.at_most_bytes - have)
+        if (free := shutil.disk_usage(folder).free) < needed:
+            raise UserError(f"{folder}: {free:,} bytes free, up to {needed:,} needed; free some, or name another --out")
         if source.exists():
             _check_by_hand(entry, source)
             return path, convert(entry, source, path, progress)
@@ -145,22 +146,16 @@ def download(entry, part, progress, say):
             say(f"{reason}; trying again in {PAUSE * 2 ** (attempt - 1)} s")
             time.sleep(PAUSE * 2 ** (attempt - 1))
         try:
-            resumed = _transfer(entry, part, progress)
+            return _transfer(entry, part, progress)
         except UserError:
             raise
         except (OSError, HTTPException, ValueError) as error:  # ValueError: the address of a redirect is none
+            code = error.code if isinstance(error, HTTPError) else None
+            if code == 416:  # the part is longer than the file
+                part.unlink(missing_ok=True)
+            elif code and code < 500 and code != 429:
+                raise UserError(f"{entry.url}: {str(error).splitlines()[0][:100]}; see {entry.page}") from None
             reason = str(error)[:200] or type(error).__name__
-            continue
-        digest = files.fingerprint(part)
-        if digest == entry.sha256:
-            return
-        part.unlink()
-        if not resumed:
-            raise UserError(
-                f"{entry.url}: nothing kept: its SHA-256 is {digest}, not the catalogue's {entry.sha256}; "
-                f"it was altered on the way, or published anew: see {entry.page}"
-            )
-        reason = "what an earlier transfer left was of another file"
     raise UserError(
         f"{entry.url}: {reason}; given up after {ATTEMPTS} attempts; the same command goes on, "
         f"or else put {entry.file} from {entry.page} into {part.parent} by hand"
@@ -168,13 +163,13 @@ def download(entry, part, progress, say):
 
 
 def _transfer(entry, part, progress):
-    """Append what is missing of a file to `part`, in one answer; return whether there was something before.
+    """Append what is missing of a file to `part`, in one answer, and check the whole of it.
 
-    Raises OSError or HTTPException where the next attempt may be spared it.
+    Raises OSError or HTTPException where the next attempt may be spared it, UserError where that is in vain.
     """
     have = part.stat().st_size if part.exists() else 0
     headers = {"User-Agent": "minirec"} | ({"Range": f"bytes={have}-"} if have else {})
-    with _open(entry, part, headers) as answer:
+    with opener().open(urllib.request.Request(entry.url, headers=headers), timeout=TIMEOUT) as answer:
         if answer.status != 206:
             have = 0
         elif not answer.headers.get("Content-Range", "").startswith(f"bytes {have}-"):
@@ -188,7 +183,6 @@ def _transfer(entry, part, progress):
                 f"{entry.url}: the server announces {total:,} bytes, the catalogue at most {entry.at_most_bytes:,}: "
                 f"not the file; see {entry.page}"
             )
-        _check_room(answer.length + entry.csv_at_most_bytes, part.parent)
         mark, since = have, time.monotonic()
         with open(part, "ab" if have else "wb") as file, progress(f"fetching {entry.file}", total) as update:
             update(have)
@@ -202,26 +196,15 @@ def _transfer(entry, part, progress):
                     mark, since = have, time.monotonic()
     if have < total:
         raise OSError(f"the connection broke after {have:,} of {total:,} bytes")
-    return resumed
-
-
-def _open(entry, part, headers):
-    """Return the answer to a request for an entry's file."""
-    request = urllib.request.Request(entry.url, headers=headers)
-    try:
-        return opener().open(request, timeout=TIMEOUT)
-    except HTTPError as error:
-        if error.code == 416:  # the part is longer than the file
-            part.unlink(missing_ok=True)
-        elif error.code < 500 and error.code != 429:
-            raise UserError(f"{entry.url}: {str(error).splitlines()[0][:100]}; see {entry.page}") from None
-        raise
-
-
-def _check_room(needed, folder):
-    free = shutil.disk_usage(folder).free
-    if free < needed:
-        raise UserError(f"{folder}: {free:,} bytes free, up to {needed:,} needed; free some, or name another --out")
+    digest = files.fingerprint(part)
+    if digest != entry.sha256:
+        part.unlink()
+        if resumed:
+            raise OSError("what an earlier transfer left was of another file")
+        raise UserError(
+            f"{entry.url}: nothing kept: its SHA-256 is {digest}, not the catalogue's {entry.sha256}; "
+            f"it was altered on the way, or published anew: see {entry.page}"
+        )
 
 
 # The conversion
@@ -229,7 +212,6 @@ def _check_room(needed, folder):
 
 def convert(entry, source, path, progress):
     """Read an entry's file as read_log does, write it as a CSV, all of it or none, and return the Log."""
-    _check_room(entry.csv_at_most_bytes, path.parent)
     with progress(f"reading {entry.file}", source.stat().st_size) as update:
         log = read_log(source, entry.columns, progress=update, member=entry.member)
     if entry.once:
