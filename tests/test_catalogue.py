@@ -615,7 +615,8 @@ def test_the_command_fetches_counts_and_names_the_next(serve, tmp_path, monkeypa
         "ml.csv: ml.zip, read as csv (tab): column 1, column 2, column 4 (not used: column 3); 2,000" in result.output
     )
     assert "broke after 1,000" in result.output and f"--data {tmp_path}/in/ml.csv --k-core 5" in result.output
-    assert "is there already, read as csv (comma): user, item" in invoke("ml", "--out", tmp_path / "in").output
+    again = invoke("ml", "--out", tmp_path / "in").output
+    assert "ml.csv is there already" in again and "ml.csv: read as csv (comma): user, item" in again
 
 
 def test_the_command_tells_a_hostile_server_in_one_line(serve, tmp_path, monkeypatch):

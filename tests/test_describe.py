@@ -32,18 +32,15 @@ def test_a_small_log_is_described_as_counted_by_hand():
     assert found["history_lengths"] == {
         "0": 1, "10": 1, "25": 1, "50": 3, "75": 3, "90": 3, "100": 4, "mean": pytest.approx(8 / 3),
     }  # fmt: skip
-    assert found["histogram"] == [
-        {"from": 1, "to": 1, "users": 1}, {"from": 2, "to": 3, "users": 1}, {"from": 4, "to": 4, "users": 1},
-    ]  # fmt: skip
     assert found["popularity"] == {"top_items": 1, "top_share": 3 / 8, "items_for_half": 2, "items_once": 1}
     assert found["repeats"] == {"immediate": 1, "seen_before": 2, "exact_duplicates": 1}
     assert found["time"] == {
         "first": 1_400_000_005 * 10**9, "last": 1_400_000_030 * 10**9,
-        "first_date": "2014-05-13 16:53:25", "last_date": "2014-05-13 16:53:50", "ties": 3, "reordered": False,
+        "first_date": "2014-05-13 16:53:25", "last_date": "2014-05-13 16:53:50", "ties": 3,
         "dated": True,
     }  # fmt: skip
     assert found["split"] == {
-        "train_users": 1, "valid_users": 2, "test_users": 2, "users_without_test": 1, "unreachable": 1, "cold": 1,
+        "train_users": 1, "valid_users": 2, "test_users": 2, "unreachable": 1, "cold": 1,
     }  # fmt: skip
     assert found["k_core"]["5"] == {"users": 0, "items": 0, "interactions": 0}
 
@@ -64,7 +61,6 @@ def test_users_are_counted_part_by_part():
         "train_users": 3,
         "valid_users": 2,
         "test_users": 1,
-        "users_without_test": 3,
         "unreachable": 1,
         "cold": 0,
     }
@@ -87,14 +83,6 @@ def test_counts_equal_those_of_plain_loops(sequences, draw):
         unreachable += len(sequence) >= 3 and sequence[-1] in sequence[:-1]
     assert found == {"immediate": immediate, "seen_before": seen, "exact_duplicates": exact}
     assert describe.count_unreachable(log, leave_one_out(log).test) == unreachable
-
-
-@given(st.lists(st.integers(1, 5000), min_size=1, max_size=50))
-def test_every_user_is_in_one_bin_of_the_histogram(lengths):
-    bins = describe.histogram(np.array(lengths))
-    assert len(bins) <= describe.MOST_BINS
-    assert bins[0]["from"] == min(lengths) and bins[-1]["to"] == max(lengths)
-    assert [bin["users"] for bin in bins] == [sum(b["from"] <= x <= b["to"] for x in lengths) for b in bins]
 
 
 @pytest.mark.parametrize(

@@ -8,27 +8,16 @@ from pathlib import Path
 import click
 
 from minirec.cli import options
-from minirec.cli.common import (
-    INTERRUPTED,
-    Command,
-    load_log,
-    log_source,
-    one_line,
-    progress,
-    reading,
-    remark,
-    say,
-    say_json,
-)
+from minirec.cli.common import INTERRUPTED, Command, load_log, log_source, one_line, progress, remark, say, say_json
 from minirec.data import public as cataloguing
-from minirec.data.describe import MANY_REPEATS
 from minirec.data.describe import describe as describe_log
-from minirec.data.log import filter_log
-from minirec.data.read import read_log
+from minirec.data.describe import remarks_on_targets
+from minirec.data.log import counted, filter_log
 from minirec.errors import UserError, did_you_mean
 from minirec.files import few
 from minirec.studies import grid as studying
 from minirec.training import runs
+from minirec.training.settings import Source
 
 
 @click.command(cls=Command)
@@ -58,11 +47,10 @@ def fetch(name, out):
         raise click.exceptions.Exit(INTERRUPTED) from None
     if log:
         say(f"wrote {path}: {entry.file}, read as {log.read_as}")
+        remark(log, path)
     else:
-        with reading(path) as update:
-            log = read_log(path, progress=update)
-        say(f"{path} is there already, read as {log.read_as}; remove it to fetch it again")
-    remark(log, path)
+        say(f"{path} is there already; remove it to fetch it again")
+        log = load_log(Source(str(path)))
     click.echo(counts_line(log, entry.counts))
     core = ""
     if entry.k_core:
@@ -75,15 +63,11 @@ def fetch(name, out):
 
 def counts_line(log, published):
     """Return the counts of a log as text, beside the published ones."""
-    found = {"users": len(log.users), "items": len(log.items), "interactions": len(log.sequence)}
-    text = ", ".join(f"{count:,} {what}" for what, count in found.items())
     if published is None:
-        return text
-    if found.items() <= published.items():
-        return f"{text}: as published ({published['from']})"
-    return (
-        f"{text}; NOT the published {', '.join(f'{published[what]:,} {what}' for what in found)} ({published['from']})"
-    )
+        return log.counts()
+    if log.sizes().items() <= published.items():
+        return f"{log.counts()}: as published ({published['from']})"
+    return f"{log.counts()}; NOT the published {counted(published)} ({published['from']})"
 
 
 def catalogue_table(entries):
@@ -109,7 +93,8 @@ def describe(path, as_json, **log_options):
     """
     source = replace(log_source(path, log_options), path=path)  # as it was typed
     log = load_log(source, tell=False)
-    result = describe_log(log, runs.split_log(log, {"data": asdict(source)}), source.drop_repeats)
+    split = runs.split_log(log, {"data": asdict(source)})
+    result = describe_log(log, split, source.drop_repeats)
     result["study"] = dict(zip(("max_length", "dropout"), studying.sensible(log), strict=True))
     if as_json:
         say_json({"path": path, "read_as": log.read_as, "remarks": log.remarks} | result)
@@ -119,68 +104,41 @@ def describe(path, as_json, **log_options):
     for number, (user, item, when) in enumerate(log.first_rows):
         row = f"user {few([user])}, item {few([item])}" + (f", time {few([when])}" if when else "")
         click.echo(f"{'' if number else 'first rows':<15}{row}")
-    click.echo("\n".join(description(result, source.split)))
+    click.echo("\n".join(description(result, source.split, remarks_on_targets(log, split, filter_seen=True))))
     if all(result["split"][f"{part}_users"] for part in ("train", "valid", "test")):
         say(f"next: python cli.py study --data {shlex.quote(path)}{options.typed(log_options, *log_options)}")
     else:
         say("too small to study: no user to train on, or none to test; filter less, or take a larger log")
 
 
-def description(result, split):
-    """Return what describe found, as lines of text."""
-
-    def size(part):
-        return f"{part['users']:,} users, {part['items']:,} items, {part['interactions']:,} interactions"
+def description(result, split, remarks):
+    """Return what describe found, as lines of text; split: its name; remarks: those on its targets."""
 
     def share(number, of):
         return f"{number:,} ({number / of:.1%})" if number else "none"
 
-    n, histories, bins = result["interactions"], dict(result["history_lengths"]), result["histogram"]
-    names = {"0": "min", "50": "median", "100": "max"}
-    mean, most = histories.pop("mean"), max(bin["users"] for bin in bins)
+    n, n_items, lengths = result["interactions"], result["items"], result["history_lengths"]
+    names = {"0": "min", "50": "median", "100": "max", "mean": "mean"}
+    popular, repeats, times, study = (result[part] for part in ("popularity", "repeats", "time", "study"))
+    top = f"the most popular {share(popular['top_items'], n_items)} of the items have {popular['top_share']:.1%}"
     lines = [
-        ("log", f"{size(result)}; {100 * result['density']:.3g} % of all pairs"),
-        ("histories", "".join(f"{names.get(q, q + ' %'):>9}" for q in histories) + f"{'mean':>9}"),
-        ("", "".join(f"{length:>9,}" for length in histories.values()) + f"{mean:>9,.1f}"),
-    ]
-    for bin in bins:
-        span = f"{bin['from']:,} to {bin['to']:,}" if bin["to"] > bin["from"] else f"{bin['to']:,}"
-        lines.append(("", f"{span:>18}  {'#' * math.ceil(40 * bin['users'] / most)} {bin['users']:,}"))
-    popular, repeats, times, held = (result[part] for part in ("popularity", "repeats", "time", "split"))
-    lines += [
-        (
-            "popularity",
-            f"the most popular {share(popular['top_items'], result['items'])} of the items have "
-            f"{popular['top_share']:.1%} of the interactions",
-        ),
-        ("", f"{share(popular['items_for_half'], result['items'])} of the items have half of them"),
-        ("", f"{share(popular['items_once'], result['items'])} of the items occur once"),
+        ("log", f"{counted(result)}; {100 * result['density']:.3g} % of all pairs"),
+        ("histories", "".join(f"{names.get(q, q + ' %'):>9}" for q in lengths)),
+        ("", "".join(f"{round(length, 1):>9,}" for length in lengths.values())),
+        ("popularity", f"{top} of the interactions"),
+        ("", f"{share(popular['items_for_half'], n_items)} of the items have half of them"),
+        ("", f"{share(popular['items_once'], n_items)} of the items occur once"),
         ("repeats", f"{share(repeats['seen_before'], n)} of an item that the user had before"),
         ("", f"{share(repeats['immediate'], n)} directly after the same item"),
     ]
     if times:
-        span = f"{times['first']:,} to {times['last']:,}: numbers that are no dates"
-        if times["dated"]:
-            span = f"{times['first_date']} to {times['last_date']} UTC"
-        order = "not in order, and was sorted" if times["reordered"] else "in order within each user"
-        lines += [
-            ("time", f"{span}; the file was {order}"),
-            ("", f"{share(times['ties'], n)} at the same time as the user's last"),
-            ("", f"{share(repeats['exact_duplicates'], n)} again of the same user, item and time"),
-        ]
+        lines.append(("time", f"{share(times['ties'], n)} at the same time as the user's last"))
+        lines.append(("", f"{share(repeats['exact_duplicates'], n)} again of the same user, item and time"))
     else:
         lines.append(("time", "no timestamps: each user's interactions are in the file's order"))
-    users = [f"{held[f'{part}_users']:,} users" for part in ("train", "valid", "test")]
+    users = [f"{result['split'][f'{part}_users']:,} users" for part in ("train", "valid", "test")]
     lines.append((split, "{} to train on, {} for validation, {} for the test".format(*users)))
-    if held["cold"]:
-        lines.append(("", f"{share(held['cold'], held['test_users'])} of the test targets training never saw (cold)"))
-    if held["test_users"]:
-        seen = f"{share(held['unreachable'], held['test_users'])} of the test targets are items the user had before"
-        lines.append(("", seen + (": never hit with filter-seen" if held["unreachable"] else "")))
-        if held["unreachable"] > MANY_REPEATS * held["test_users"]:
-            lines.append(("", "where people buy again, study and train with --no-filter-seen"))
-    lines += [(f"{k}-core", size(core)) for k, core in result["k_core"].items()]
-    length, dropout = result["study"]["max_length"], result["study"]["dropout"]
-    lines.append(("study", f"takes the last {length} items and dropout {dropout}"))
-    lines.append(("", f"train does so with --max-length {length} --dropout {dropout}"))
+    lines += [("", remark) for remark in remarks]
+    lines += [(f"{k}-core", counted(core)) for k, core in result["k_core"].items()]
+    lines.append(("study", f"takes --max-length {study['max_length']} --dropout {study['dropout']}; so can train"))
     return [f"{title:<15}{text}" for title, text in lines]

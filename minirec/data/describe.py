@@ -13,7 +13,6 @@ from minirec.packing import spans
 MANY_REPEATS = 0.2  # of the targets; where more are items that the user had before, people buy again
 QUANTILES = (0, 10, 25, 50, 75, 90, 100)  # percent
 CORES = (5, 10)
-MOST_BINS = 10
 TOP = 0.01  # of the items: how popular are they?
 
 
@@ -22,24 +21,17 @@ def describe(log, split, no_repeats=False):
 
     no_repeats: whether repeats were dropped from the log, and so would be dropped from its k-cores.
     """
-    lengths, popularity = np.diff(log.offsets), np.bincount(log.sequence, minlength=len(log.items))
-    unreachable = count_unreachable(log, split.test)
-    return {
-        "users": len(log.users),
-        "items": len(log.items),
-        "interactions": len(log.sequence),
+    return log.sizes() | {
         "density": len(log.sequence) / len(log.users) / len(log.items),
-        "history_lengths": _quantiles(lengths) | {"mean": float(lengths.mean())},
-        "histogram": histogram(lengths),
-        "popularity": _popularity(np.sort(popularity)[::-1]),
+        "history_lengths": _quantiles(np.diff(log.offsets)),
+        "popularity": _popularity(np.sort(np.bincount(log.sequence, minlength=len(log.items)))[::-1]),
         "repeats": repeats(log),
         "time": None if log.times is None else _time(log),
         "split": {
             "train_users": int((split.train_lengths > 1).sum()),
             "valid_users": len(split.valid.users),
             "test_users": len(split.test.users),
-            "users_without_test": len(log.users) - len(split.test.users),
-            "unreachable": unreachable,
+            "unreachable": count_unreachable(log, split.test),
             "cold": count_cold(log, split),
         },
         "k_core": {str(k): core_size(log, k, no_repeats) for k in CORES},
@@ -47,20 +39,9 @@ def describe(log, split, no_repeats=False):
 
 
 def _quantiles(values):
-    """Return {"0": least, ..., "100": greatest}: quantiles that are values themselves."""
+    """Return {"0": least, ..., "100": greatest, "mean": mean}: quantiles that are values themselves."""
     found = np.quantile(values, np.array(QUANTILES) / 100, method="lower")
-    return {str(percent): int(value) for percent, value in zip(QUANTILES, found, strict=True)}
-
-
-def histogram(lengths):
-    """Count lengths [U] in bins that double in width, 1, 2-3, 4-7, ...; the last one takes the rest."""
-    edges = 2 ** np.arange(63)
-    first = np.searchsorted(edges, lengths.min(), "right") - 1
-    last = min(np.searchsorted(edges, lengths.max(), "right") - 1, first + MOST_BINS - 1)
-    starts = np.maximum(edges[first : last + 1], lengths.min())
-    counts = np.bincount(np.searchsorted(starts, lengths, "right") - 1, minlength=len(starts))
-    ends = [*(starts[1:] - 1), lengths.max()]
-    return [{"from": int(a), "to": int(b), "users": int(c)} for a, b, c in zip(starts, ends, counts, strict=True)]
+    return dict(zip(map(str, QUANTILES), found.tolist(), strict=True)) | {"mean": float(values.mean())}
 
 
 def _popularity(counts):
@@ -89,11 +70,9 @@ def repeats(log):
 
 def count_unreachable(log, cases):
     """Count the Targets that the user had before: with filter-seen they cannot be hit."""
-    target, stop = np.full(len(log.users), -1), np.zeros(len(log.users), np.int64)
-    target[cases.users], stop[cases.users] = log.sequence[cases.stops], cases.stops
-    lengths = np.diff(log.offsets)
-    before = np.arange(len(log.sequence)) < np.repeat(stop, lengths)
-    return len(np.unique(users_of(log)[before & (log.sequence == np.repeat(target, lengths))]))
+    lengths = cases.stops - cases.starts
+    again = log.sequence[spans(cases.starts, lengths)] == np.repeat(log.sequence[cases.stops], lengths)
+    return len(np.unique(np.repeat(cases.users, lengths)[again]))
 
 
 def remarks_on_targets(log, split, filter_seen):
@@ -129,14 +108,12 @@ def _time(log):
         "first_date": as_text(first) if log.dated else None,
         "last_date": as_text(last) if log.dated else None,
         "ties": int(ties_in(log).sum()),
-        "reordered": log.reordered,
     }
 
 
 def core_size(log, k, no_repeats=False):
-    """Count users, items and interactions of what data.filter_log leaves, all zero where that is nothing."""
+    """Count users, items and interactions of what filter_log leaves, all zero where that is nothing."""
     try:
-        core = filter_log(log, k, no_repeats)
+        return filter_log(log, k, no_repeats).sizes()
     except UserError:
-        return {"users": 0, "items": 0, "interactions": 0}
-    return {"users": len(core.users), "items": len(core.items), "interactions": len(core.sequence)}
+        return dict.fromkeys(log.sizes(), 0)

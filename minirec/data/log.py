@@ -38,7 +38,6 @@ class Log:
     times: np.ndarray | None = None  # [n] when, ascending within a user, int64 or float64; None: not recorded
     dated: bool = False  # whether times are nanoseconds since 1970, else they are numbers that only order
     read_as: str = ""  # one line: the format, the columns that were taken and those that were not, the span of time
-    reordered: bool = False  # whether the file did not hold every user's interactions in order of time
     remarks: list = field(default_factory=list)  # lines: what a person may not expect of it
     first_rows: list = field(default_factory=list)  # (user, item, time), texts, as they were understood
 
@@ -46,9 +45,13 @@ class Log:
         """Sizes, and how it was read: what a notebook shows, where all names and numbers would bury them."""
         return f"<Log: {'; '.join(filter(None, [self.counts(), self.read_as]))}>"
 
+    def sizes(self):
+        """Return {"users": U, "items": V, "interactions": n}."""
+        return {"users": len(self.users), "items": len(self.items), "interactions": len(self.sequence)}
+
     def counts(self):
         """Return its size in words."""
-        return f"{len(self.users):,} users, {len(self.items):,} items, {len(self.sequence):,} interactions"
+        return counted(self.sizes())
 
     def history(self, user):
         """Return the item indices of user number `user`, oldest first."""
@@ -76,6 +79,11 @@ class Log:
         rows = zip(itertools.count(1), *columns, *[itertools.repeat("")] * (times is None), strict=False)
         with located("columns"):
             return collect(rows, names, f"columns {', '.join(names)}", unit="row")
+
+
+def counted(sizes):
+    """Return sizes, those of a Log or published ones, in words."""
+    return ", ".join(f"{sizes[what]:,} {what}" for what in ("users", "items", "interactions"))
 
 
 @contextlib.contextmanager
@@ -181,12 +189,9 @@ def _ordered(users, items, user_of, item_of, times, ties):
         if ties == "shuffle":
             raise UserError("no times, so no ties to shuffle; leave out --ties shuffle")
         return Log(users, items, offsets, item_of[np.argsort(user_of, kind="stable")])
-    order = np.lexsort((times, user_of))
-    back = order[1:] < order[:-1]
-    back[offsets[1:-1] - 1] = False  # from one user to the next
-    if ties == "shuffle":
-        order = np.lexsort((np.random.default_rng(0).random(len(times)), times, user_of))
-    return Log(users, items, offsets, item_of[order], times[order], reordered=bool(back.any()))
+    keys = (times, user_of) if ties == "file" else (np.random.default_rng(0).random(len(times)), times, user_of)
+    order = np.lexsort(keys)
+    return Log(users, items, offsets, item_of[order], times[order])
 
 
 def _remarks_on_ties(log, ties):
