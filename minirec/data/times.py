@@ -46,20 +46,17 @@ class Times:
 
     def __init__(self, pattern=None):
         """pattern: that of datetime.strptime, None = recognise it."""
-        by_pattern = _all(lambda text: _since_1970(datetime.strptime(text, pattern)))
-        self.ways = {pattern: by_pattern} if pattern else WAYS
-        self.parts, self.first = {name: [] for name in self.ways}, None
+        self.parts = {way: [] for way in ([pattern] if pattern else ["number", *PATTERNS])}  # of each way, arrays
+        self.first = None
 
     def add(self, texts):
         """Add texts; return None, or where one cannot be read its place among them and what is wrong."""
-        self.first = self.first or texts[0]
-        read = {}
-        for name, way in self.ways.items():
+        self.first, read = self.first or texts[0], {}
+        for way in self.parts:
             with contextlib.suppress(ValueError, OverflowError):
-                read[name] = way(texts)
+                read[way] = _read(texts, way)
         if read:
-            self.ways = {name: self.ways[name] for name in read}
-            self.parts = {name: [*self.parts[name], times] for name, times in read.items()}
+            self.parts = {way: [*self.parts[way], times] for way, times in read.items()}
             return None
         if len(texts) > 1:
             return next((place, wrong[1]) for place, text in enumerate(texts) if (wrong := self.add([text])))
@@ -73,7 +70,7 @@ class Times:
 
         Raises UserError where the column may be read in two ways, or holds times in two units.
         """
-        times = {name: np.concatenate([*parts, np.empty(0, np.int64)]) for name, parts in self.parts.items()}
+        times = {way: np.concatenate(parts) for way, parts in self.parts.items()}
         name, chosen = times.popitem()
         if self.first and name in LOST:
             raise UserError(f"timestamps such as {self.first!r} look like a day and a month without a year")
@@ -139,41 +136,36 @@ def _numbers(texts):
     return numbers
 
 
-def _all(read):
-    """Return what reads texts by read(text), equal ones once: many rows share a day."""
+def _read(texts, way):
+    """Return texts read as numbers, by one of PATTERNS, or by that of a person, [n]. Raises ValueError."""
+    if way == "number":
+        return _numbers(texts)
+    moments = {text: _moment(text, way) for text in set(texts)}  # equal ones once: many rows share a day
+    return np.array([moments[text] for text in texts], np.int64)
 
-    def read_all(texts):
-        moments = {text: read(text) for text in set(texts)}
-        return np.array([moments[text] for text in texts], np.int64)
 
-    return read_all
+def _moment(text, way):
+    """Return the nanoseconds since 1970 of a text. Raises ValueError where it is not written so."""
+    if way not in PATTERNS:
+        return _since_1970(datetime.strptime(text, way))
+    if way == "Ymd" and not text.isdigit() and not MORE_DIGITS.search(text):
+        with contextlib.suppress(ValueError):
+            return _since_1970(datetime.fromisoformat(text))
+    if not (match := re.fullmatch(PATTERNS[way], text)):
+        raise ValueError
+    part = DEFAULTS | {key: value for key, value in match.groupdict().items() if value}
+    year, month, hour = int(part["y"]), part["m"], int(part["H"])
+    year += (2000 if year < 69 else 1900) if len(part["y"]) == 2 else 0
+    month = int(month) if month.isdigit() else MONTHS.index(month[:3].lower()) + 1
+    hour = hour % 12 + 12 * (part["p"] in "pP") if "p" in part else hour
+    zone = part["z"].replace("UTC", "Z").replace("GMT", "Z")
+    iso = f"{year}-{month:02}-{int(part['d']):02}T{hour:02}:{part['M']}:{part['S']}{zone}"
+    return _since_1970(datetime.fromisoformat(iso)) + int(part["f"][:9].ljust(9, "0"))
 
 
 def _since_1970(when):
     since = (when if when.tzinfo else when.replace(tzinfo=UTC)) - EPOCH
     return (since.days * 86400 + since.seconds) * SECOND + since.microseconds * 1000
-
-
-def _by(name, pattern):
-    """Return what reads a text by one of PATTERNS, and raises ValueError where it does not fit."""
-    pattern = re.compile(pattern)
-
-    def read(text):
-        if name == "Ymd" and not text.isdigit() and not MORE_DIGITS.search(text):
-            with contextlib.suppress(ValueError):
-                return _since_1970(datetime.fromisoformat(text))
-        if not (match := pattern.fullmatch(text)):
-            raise ValueError
-        part = DEFAULTS | {key: value for key, value in match.groupdict().items() if value}
-        year, month, hour = int(part["y"]), part["m"], int(part["H"])
-        year += (2000 if year < 69 else 1900) if len(part["y"]) == 2 else 0
-        month = int(month) if month.isdigit() else MONTHS.index(month[:3].lower()) + 1
-        hour = hour % 12 + 12 * (part["p"] in "pP") if "p" in part else hour
-        zone = part["z"].replace("UTC", "Z").replace("GMT", "Z")
-        iso = f"{year}-{month:02}-{int(part['d']):02}T{hour:02}:{part['M']}:{part['S']}{zone}"
-        return _since_1970(datetime.fromisoformat(iso)) + int(part["f"][:9].ljust(9, "0"))
-
-    return _all(read)
 
 
 def _dated(numbers):
@@ -189,10 +181,8 @@ def _dated(numbers):
     scale = SECOND // UNITS[present[0]]
     if size.max() * float(scale) >= 9.2e18:  # the year 2261, where int64 ends
         return numbers, False
-    if numbers.dtype == np.int64:
-        return numbers * scale, True
-    whole = np.floor(numbers)
-    return whole.astype(np.int64) * scale + np.rint((numbers - whole) * scale).astype(np.int64), True
+    whole, part = np.divmod(numbers, 1)
+    return whole.astype(np.int64) * scale + np.rint(part * scale).astype(np.int64), True
 
 
 def _pattern(name, text):
@@ -204,6 +194,3 @@ def _pattern(name, text):
         return hour if letter == "H" else "%y" if letter == "Y" and len(part[0]) == 2 else "%" + letter
 
     return re.sub(r"\d+|[AaPp][Mm]", code, text)
-
-
-WAYS = {"number": _numbers} | {name: _by(name, pattern) for name, pattern in PATTERNS.items()}
