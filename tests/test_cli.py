@@ -506,7 +506,7 @@ def test_a_description_holds_in_each_line_the_numbers_of_json(tmp_path):
     assert [line[:15].strip() for line in lines[2:]] == [*titles, "5-core", "10-core", "study"]
     assert re.split(" {2,}", lines[3])[1:] == ["min", "10 %", "25 %", "median", "75 %", "90 %", "max", "mean"]
     assert lines[-4].endswith("where people buy again, use --no-filter-seen")  # more than a fifth are repeats
-    assert f"{found['time']['first_date']} to {found['time']['last_date']} UTC" in lines[0]
+    assert f"{found['time']['first']} to {found['time']['last']} UTC" in lines[0]
     trained = invoke("train", "--data", *command[1:], "--epochs", 1, "--out", tmp_path / "run")
     assert f"{held['valid_users']} have a validation target, {held['test_users']} a test target" in trained.stderr
 

@@ -99,16 +99,10 @@ def count_cold(log, split):
 
 
 def _time(log):
-    """Describe a log's times: when it begins and ends, and how well they order it."""
-    first, last = log.times.min().item(), log.times.max().item()
-    return {
-        "dated": log.dated,
-        "first": first,
-        "last": last,
-        "first_date": as_text(first) if log.dated else None,
-        "last_date": as_text(last) if log.dated else None,
-        "ties": int(ties_in(log).sum()),
-    }
+    """Describe a log's times: when it begins and ends, as dates where they are, and how well they order it."""
+    ends = log.times.min().item(), log.times.max().item()
+    first, last = map(as_text, ends) if log.dated else ends
+    return {"dated": log.dated, "first": first, "last": last, "ties": int(ties_in(log).sum())}
 
 
 def core_size(log, k, no_repeats=False):

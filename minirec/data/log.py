@@ -184,14 +184,14 @@ def collect(rows, columns, read_as, unit="line", time_format=None, ties="file", 
 
 def _ordered(users, items, user_of, item_of, times, ties):
     """Return the Log of interactions, by user, within a user by time, ties in the order of the file or shuffled."""
-    offsets = np.concatenate([[0], np.cumsum(np.bincount(user_of, minlength=len(users)))])
-    if times is None:
-        if ties == "shuffle":
+    keys = [user_of] if times is None else [times, user_of]
+    if ties == "shuffle":
+        if times is None:
             raise UserError("no times, so no ties to shuffle; leave out --ties shuffle")
-        return Log(users, items, offsets, item_of[np.argsort(user_of, kind="stable")])
-    keys = (times, user_of) if ties == "file" else (np.random.default_rng(0).random(len(times)), times, user_of)
+        keys.insert(0, np.random.default_rng(0).random(len(times)))
     order = np.lexsort(keys)
-    return Log(users, items, offsets, item_of[order], times[order])
+    offsets = np.concatenate([[0], np.cumsum(np.bincount(user_of, minlength=len(users)))])
+    return Log(users, items, offsets, item_of[order], None if times is None else times[order])
 
 
 def _remarks_on_ties(log, ties):
@@ -226,9 +226,8 @@ def ties_in(log):
 
 def count_duplicates(log):
     """Count the interactions that are there already: the same user, item and time."""
-    tied = ties_in(log)
-    among = np.append(False, tied) | np.append(tied, False)
-    keys = np.sort(np.append(0, np.cumsum(~tied))[among] * len(log.items) + log.sequence[among])  # moment and item
+    moments = np.cumsum(np.append(True, ~ties_in(log)))  # numbers for user and time
+    keys = np.sort(moments * len(log.items) + log.sequence)
     return int((keys[1:] == keys[:-1]).sum())
 
 

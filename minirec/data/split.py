@@ -9,6 +9,7 @@ import numpy as np
 
 from minirec.data.log import SHORTEST_SPLIT, users_of
 from minirec.errors import UserError
+from minirec.packing import spans
 
 QUANTILE = 0.9  # of the times of interactions, where the temporal split cuts
 
@@ -36,9 +37,8 @@ def leave_one_out(log):
     """
     counts = np.diff(log.offsets)
     evaluated = counts >= SHORTEST_SPLIT
-    return Split(
-        counts - 2 * evaluated, _targets(log, evaluated, counts - 2 * evaluated), _targets(log, evaluated, counts - 1)
-    )
+    trained = counts - 2 * evaluated
+    return Split(trained, _targets(log, evaluated, trained), _targets(log, evaluated, counts - 1))
 
 
 def temporal(log):
@@ -109,8 +109,7 @@ def windows_end_to_end(sequence, starts, lengths):
     Returns flat [n] and the starts [B] of the windows in it.
     """
     sizes = lengths + 1
-    begins = np.cumsum(sizes) - sizes
-    return sequence[np.arange(sizes.sum()) + np.repeat(starts - begins, sizes)], begins
+    return sequence[spans(starts, sizes)], np.cumsum(sizes) - sizes
 
 
 class Seen(NamedTuple):
@@ -123,9 +122,8 @@ class Seen(NamedTuple):
 def seen_items(log, split):
     """Return the Seen of everything that is trained on."""
     users = np.repeat(np.arange(len(log.users)), split.train_lengths)
-    begins = np.cumsum(split.train_lengths) - split.train_lengths
-    places = np.arange(len(users)) + np.repeat(log.offsets[:-1] - begins, split.train_lengths)
-    pairs = np.unique(users * len(log.items) + log.sequence[places])
+    items = log.sequence[spans(log.offsets[:-1], split.train_lengths)]
+    pairs = distinct(users * len(log.items) + items)
     counts = np.bincount(pairs // len(log.items), minlength=len(log.users))
     offsets = np.concatenate([[0], np.cumsum(counts)])
     return Seen(offsets, pairs - (np.arange(len(pairs)) - np.repeat(offsets[:-1], counts)))
