@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from datetime import UTC, datetime
 
 import numpy as np
 import pytest
@@ -471,8 +472,11 @@ def test_a_description_holds_in_each_line_the_numbers_of_json(tmp_path):
     command = ("describe", tmp_path / "log.txt", "--split", "temporal")
     found, lines = json.loads(invoke(*command, "--json").stdout), invoke(*command).stdout.splitlines()
     understood, lines = lines[2:5], [*lines[:2], *lines[5:]]
-    assert [re.findall(r"\d+", line) for line in understood] == [[str(number) for number in row] for row in rows[:3]]
-    assert understood[0].startswith("first rows     user 'u") and ", item 'i" in understood[0]
+    first = [(time, item) for user, item, time in sorted(rows, key=lambda row: row[2]) if user == rows[0][0]][:3]
+    dates = [f"{datetime.fromtimestamp(int(time), UTC):%Y-%m-%d %H:%M:%S}" for time, _ in first]
+    assert [line[15:] for line in understood] == [
+        f"user 'u{rows[0][0]}', item 'i{item}', time {date}" for (_, item), date in zip(first, dates, strict=True)
+    ]
 
     def size(part):
         return [f"{part[name]:,}" for name in ("users", "items", "interactions")]

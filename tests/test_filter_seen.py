@@ -263,7 +263,7 @@ def test_the_option_is_named_where_more_than_a_fifth_of_the_targets_are_repeats(
 
 
 def test_the_description_of_a_log_names_the_option_too(bought_again):
-    assert "study and train with --no-filter-seen" in call_cli("describe", bought_again).stdout
+    assert "where people buy again, use --no-filter-seen" in call_cli("describe", bought_again).stdout
     assert "--no-filter-seen" not in call_cli("describe", "household").stdout
 
 

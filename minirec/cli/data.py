@@ -12,12 +12,15 @@ from minirec.cli.common import INTERRUPTED, Command, load_log, log_source, one_l
 from minirec.data import public as cataloguing
 from minirec.data.describe import describe as describe_log
 from minirec.data.describe import remarks_on_targets
-from minirec.data.log import counted, filter_log
+from minirec.data.log import counted, filter_log, users_of
+from minirec.data.times import as_text
 from minirec.errors import UserError, did_you_mean
 from minirec.files import few
 from minirec.studies import grid as studying
 from minirec.training import runs
 from minirec.training.settings import Source
+
+FIRST = 3  # interactions of a log that describe shows as they were understood
 
 
 @click.command(cls=Command)
@@ -101,9 +104,10 @@ def describe(path, as_json, **log_options):
         return
     filtered = options.typed(log_options, "k_core", "drop_repeats")
     click.echo(f"{path}{log.read_as and f', read as {log.read_as}'}{filtered and f', after{filtered}'}\n")
-    for number, (user, item, when) in enumerate(log.first_rows):
-        row = f"user {few([user])}, item {few([item])}" + (f", time {few([when])}" if when else "")
-        click.echo(f"{'' if number else 'first rows':<15}{row}")
+    for n, (user, item) in enumerate(zip(users_of(log)[:FIRST], log.sequence[:FIRST], strict=True)):
+        when = "" if log.times is None else f", time {as_text(log.times[n], log.dated)}"
+        row = f"user {few([log.users[user]])}, item {few([log.items[item]])}{when}"
+        click.echo(f"{'' if n else 'the first':<15}{row}")
     click.echo("\n".join(description(result, source.split, remarks_on_targets(log, split, filter_seen=True))))
     if all(result["split"][f"{part}_users"] for part in ("train", "valid", "test")):
         say(f"next: python cli.py study --data {shlex.quote(path)}{options.typed(log_options, *log_options)}")

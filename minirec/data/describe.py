@@ -99,9 +99,8 @@ def count_cold(log, split):
 
 
 def _time(log):
-    """Describe a log's times: when it begins and ends, as dates where they are, and how well they order it."""
-    ends = log.times.min().item(), log.times.max().item()
-    first, last = map(as_text, ends) if log.dated else ends
+    """Describe a log's times: when it begins and ends, and how well they order it."""
+    first, last = (as_text(time, log.dated) for time in (log.times.min(), log.times.max()))
     return {"dated": log.dated, "first": first, "last": last, "ties": int(ties_in(log).sum())}
 
 

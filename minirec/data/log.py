@@ -23,7 +23,7 @@ SHORTEST_SPLIT = 3  # interactions: a target for test, one for validation, and s
 WORDS = ("na", "n/a", "#n/a", "<na>", "nan", "nat", "null", "(null)", "none", "undefined", "(not set)")
 MISSING = {form for word in WORDS for form in (word, word.upper(), word.capitalize())}  # how exports write nothing
 MISSING |= {"", "-", "NaN", "NaT", "\\N", "0000-00-00", "0000-00-00 00:00:00"}
-FEW = 3  # rows that a remark names, and that are kept as they were understood
+FEW = 3  # rows that a remark names
 MANY_TIES, ONE_DIRECTION, ENOUGH = 0.01, 0.9, 20  # shares, and how many ties tell of a sorting
 
 
@@ -39,7 +39,6 @@ class Log:
     dated: bool = False  # whether times are nanoseconds since 1970, else they are numbers that only order
     read_as: str = ""  # one line: the format, the columns that were taken and those that were not, the span of time
     remarks: list = field(default_factory=list)  # lines: what a person may not expect of it
-    first_rows: list = field(default_factory=list)  # (user, item, time), texts, as they were understood
 
     def __repr__(self):
         """Sizes, and how it was read: what a notebook shows, where all names and numbers would bury them."""
@@ -129,7 +128,7 @@ def collect(rows, columns, read_as, unit="line", time_format=None, ties="file", 
     Raises UserError, naming a row, for what is no log.
     """
     users, items, user_of, item_of, timed = _Numbers(), _Numbers(), array("i"), array("i"), len(columns) > 2
-    times, rows, left_out, first_rows, n_rows, remarks = Times(time_format), iter(rows), {}, [], 0, []
+    times, rows, left_out, n_rows, remarks = Times(time_format), iter(rows), {}, 0, []
     while chunk := list(itertools.islice(rows, ROWS_AT_A_TIME)):
         texts, numbers, n_rows = [], [], n_rows + len(chunk)
         for number, user, item, when in chunk:
@@ -146,8 +145,6 @@ def collect(rows, columns, read_as, unit="line", time_format=None, ties="file", 
                 raise UserError(f"{unit} {number}: {'item' if user in users else 'user'} {error}") from None
             texts.append(when)
             numbers.append(number)
-            if len(first_rows) < FEW:
-                first_rows.append((user, item, when))
         if texts and timed and (wrong := times.add(texts)):
             raise UserError(f"{unit} {numbers[wrong[0]]}: {wrong[1]}")
     if not user_of:
@@ -175,11 +172,11 @@ def collect(rows, columns, read_as, unit="line", time_format=None, ties="file", 
         raise UserError(f"no user has {SHORTEST_SPLIT} interactions, so none can be held out for a test")
     read_as = f"{read_as}; {n_rows:,} rows"
     if moments is not None:
-        first, last = log.times.min(), log.times.max()
-        read_as += f", {as_text(first)} to {as_text(last)} UTC" if dated else f", times {first} to {last}"
-        remarks += [] if dated else [f"{columns[2]}, {first} to {last}, holds numbers and no dates: they only order"]
+        span = f"{as_text(log.times.min(), dated)} to {as_text(log.times.max(), dated)}"
+        read_as += f", {span} UTC" if dated else f", times {span}"
+        remarks += [] if dated else [f"{columns[2]}, {span}, holds numbers and no dates: they only order"]
         remarks += _remarks_on_ties(log, ties)
-    return replace(log, dated=dated, read_as=read_as, remarks=remarks, first_rows=first_rows)
+    return replace(log, dated=dated, read_as=read_as, remarks=remarks)
 
 
 def _ordered(users, items, user_of, item_of, times, ties):

@@ -120,9 +120,9 @@ def day_joined_with(clocks):
     return join, True
 
 
-def as_text(moment):
-    """Return nanoseconds since 1970 as text, to the second."""
-    return str(np.datetime64(int(moment) // SECOND, "s")).replace("T", " ")
+def as_text(time, dated):
+    """Return a time of a Log as text: nanoseconds since 1970, where it is dated, as a date to the second."""
+    return str(np.datetime64(int(time) // SECOND, "s")).replace("T", " ") if dated else str(time)
 
 
 def _numbers(texts):
