@@ -8,7 +8,6 @@ are checked before memory of that size is taken.
 import base64
 import contextlib
 import hashlib
-import itertools
 import json
 import math
 import os
@@ -163,10 +162,9 @@ def opened_by_name(path, hint=""):
 def read_lines(path):
     """Yield the lines, without what ends them, of a text file that a person named; a pipe will do. Raises UserError."""
     with naming(path, "cannot be read"), open(path, "rb") as file:
-        for number in itertools.count(1):
-            line = file.readline(LONGEST_LINE)
-            if not line:
-                return
+        number = 0
+        while line := file.readline(LONGEST_LINE):
+            number += 1
             if len(line) == LONGEST_LINE:
                 raise UserError(f"{path}, line {number}: {LONGEST_LINE:,} bytes or more: is this a text file?")
             try:

@@ -116,8 +116,6 @@ def _check_by_hand(entry, source):
 class WithinHost(urllib.request.HTTPRedirectHandler):
     """Follows a redirect within its host only."""
 
-    max_redirections = max_repeats = 5
-
     def redirect_request(self, request, answer, code, message, headers, url):
         answer.close()  # it may be endless
         old, new = urlsplit(request.full_url), urlsplit(url)

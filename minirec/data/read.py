@@ -52,9 +52,8 @@ def read_log(path, columns=None, format=None, time_format=None, ties="file", pro
     of one user, or of which nothing can be held out; member: which one of a zip archive, where it has several.
     Returns a Log. Raises UserError, naming file and line, for anything that is not such a log.
     """
-    if isinstance(columns, str):
-        columns = next(csv.reader([columns], skipinitialspace=True), [])
-    columns = [column.strip() for column in columns or ()]
+    columns = columns.split(",") if isinstance(columns, str) else columns or ()
+    columns = [column.strip() for column in columns]
     if columns and not 2 <= len(set(columns)) == len(columns) <= 4:
         raise UserError(f"--columns {','.join(columns)}: expected two or three different names, USER,ITEM[,TIME]")
     csv.field_size_limit(MAX_LINE)
