@@ -121,23 +121,17 @@ def description(result, split, remarks):
     def share(number, of):
         return f"{number:,} ({number / of:.1%})" if number else "none"
 
-    n, n_items, lengths = result["interactions"], result["items"], result["history_lengths"]
-    names = {"0": "min", "50": "median", "100": "max", "mean": "mean"}
-    popular, repeats, times, study = (result[part] for part in ("popularity", "repeats", "time", "study"))
-    top = f"the most popular {share(popular['top_items'], n_items)} of the items have {popular['top_share']:.1%}"
+    lengths, repeats, times, study = (result[part] for part in ("history_lengths", "repeats", "time", "study"))
+    n, names = result["interactions"], {"0": "min", "50": "median", "100": "max", "mean": "mean"}
     lines = [
         ("log", f"{counted(result)}; {100 * result['density']:.3g} % of all pairs"),
         ("histories", "".join(f"{names.get(q, q + ' %'):>9}" for q in lengths)),
         ("", "".join(f"{round(length, 1):>9,}" for length in lengths.values())),
-        ("popularity", f"{top} of the interactions"),
-        ("", f"{share(popular['items_for_half'], n_items)} of the items have half of them"),
-        ("", f"{share(popular['items_once'], n_items)} of the items occur once"),
         ("repeats", f"{share(repeats['seen_before'], n)} of an item that the user had before"),
         ("", f"{share(repeats['immediate'], n)} directly after the same item"),
     ]
     if times:
         lines.append(("time", f"{share(times['ties'], n)} at the same time as the user's last"))
-        lines.append(("", f"{share(repeats['exact_duplicates'], n)} again of the same user, item and time"))
     else:
         lines.append(("time", "no timestamps: each user's interactions are in the file's order"))
     users = [f"{result['split'][f'{part}_users']:,} users" for part in ("train", "valid", "test")]

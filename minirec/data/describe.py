@@ -5,7 +5,7 @@ Symbols: U users, V items, n interactions, M test users.
 
 import numpy as np
 
-from minirec.data.log import count_duplicates, filter_log, ties_in, users_of
+from minirec.data.log import filter_log, ties_in, users_of
 from minirec.data.times import as_text
 from minirec.errors import UserError
 from minirec.packing import spans
@@ -13,7 +13,6 @@ from minirec.packing import spans
 MANY_REPEATS = 0.2  # of the targets; where more are items that the user had before, people buy again
 QUANTILES = (0, 10, 25, 50, 75, 90, 100)  # percent
 CORES = (5, 10)
-TOP = 0.01  # of the items: how popular are they?
 
 
 def describe(log, split, no_repeats=False):
@@ -24,7 +23,6 @@ def describe(log, split, no_repeats=False):
     return log.sizes() | {
         "density": len(log.sequence) / len(log.users) / len(log.items),
         "history_lengths": _quantiles(np.diff(log.offsets)),
-        "popularity": _popularity(np.sort(np.bincount(log.sequence, minlength=len(log.items)))[::-1]),
         "repeats": repeats(log),
         "time": None if log.times is None else _time(log),
         "split": {
@@ -44,19 +42,8 @@ def _quantiles(values):
     return dict(zip(map(str, QUANTILES), found.tolist(), strict=True)) | {"mean": float(values.mean())}
 
 
-def _popularity(counts):
-    """Describe how often the items occur, counts [V], most popular first."""
-    n_top, reached = max(1, round(TOP * len(counts))), np.cumsum(counts)
-    return {
-        "top_items": n_top,
-        "top_share": float(reached[n_top - 1] / reached[-1]),
-        "items_for_half": int(np.searchsorted(reached, reached[-1] / 2)) + 1,
-        "items_once": int((counts == 1).sum()),
-    }
-
-
 def repeats(log):
-    """Count the interactions that repeat an item: the user's last one, any earlier one, at the same time too."""
+    """Count the interactions that repeat an item: the user's last one, any earlier one."""
     users, n_items = users_of(log), len(log.items)
     same_user = users[1:] == users[:-1]
     immediate = same_user & (log.sequence[1:] == log.sequence[:-1])
@@ -64,7 +51,6 @@ def repeats(log):
     return {
         "immediate": int(immediate.sum()),
         "seen_before": int((pairs[1:] == pairs[:-1]).sum()),
-        "exact_duplicates": None if log.times is None else count_duplicates(log),
     }
 
 
