@@ -16,7 +16,8 @@ import numpy as np
 
 from minirec import attention, loss, ops, packing
 from minirec.backend import generator, to_device, to_host
-from minirec.model import Config, init_parameters, loss_and_gradients
+from minirec.model import Config, loss_and_gradients
+from minirec.parameters import parameter_shapes
 
 STEP = 1e-5
 TOLERANCE = 1e-6  # of max |difference| / max |gradient|; absolute where the gradient is identically 0
@@ -136,13 +137,11 @@ def check_operations(weighting, xp=np):
 # The whole model
 
 
-def example(attn, dropout=0.3, seed=0):
-    """Return a small config, random float64 parameters (std 0.1) and ragged sequences to check on."""
-    config = Config(n_items=12, hidden_size=8, n_heads=2, max_length=7, dropout=dropout, attn=attn)
-    rng = np.random.default_rng(seed)
-    parameters = init_parameters(config, seed, np.float64)
-    for name, value in parameters.items():
-        value[...] = rng.normal(1 if name.endswith("gamma") else 0, STD, value.shape)
+def example(attn):
+    """Return a small config, random float64 parameters (gammas around 1) and ragged sequences to check on."""
+    config, rng = Config(n_items=12, hidden_size=8, max_length=7, dropout=0.3, attn=attn), np.random.default_rng(0)
+    around = {name: 1 if name.endswith("gamma") else 0 for name in parameter_shapes(config)}
+    parameters = {name: rng.normal(around[name], STD, shape) for name, shape in parameter_shapes(config).items()}
     return config, parameters, [rng.integers(config.n_items, size=n) for n in LENGTHS]
 
 
