@@ -14,7 +14,6 @@ import keyword
 import re
 import textwrap
 import tokenize
-from collections import Counter
 from importlib import resources
 from types import FunctionType, ModuleType
 
@@ -182,33 +181,20 @@ def calls_of(recordings, values):
     A call: [function, the call that made it, the line there, the call that it is the backward of (-1: none),
     {line: [[name, value, value of the second time, ...], ...]}]. A value: its index, or one a recording (-1: none).
     """
-    found, indices = [], {}
+    written = {}  # {call: {line: {name: [values, a list for each recording]}}}
     for which, events in enumerate(recordings):
-        index, times = {None: -1}, Counter()
-
-        def place(call, index=index, times=times):
-            if call not in index:
-                name = f"{call.module.__name__.removeprefix('minirec.')}.{call.function}"
-                key = (place(call.caller), call.line, name)
-                times[key] += 1
-                index[call] = indices.setdefault((*key, times[key]), len(found))
-                if index[call] == len(found):
-                    found.append([name, key[0], call.line, place(call.forward) if call.forward else -1, {}])
-            return index[call]
-
-        passes = Counter()
-        for event in events:
-            n = place(event.call)
-            names, key = found[n][4].setdefault(event.line, {}), (n, event.line, event.name)
-            entries = names.setdefault(event.name, [])
-            passes[key] += 1
-            entries += [[-1] * len(recordings)] * (passes[key] - len(entries))
-            entries[passes[key] - 1] = [*entries[passes[key] - 1]]
-            entries[passes[key] - 1][which] = values.add(event.value)
-    for call in found:
-        for line, names in call[4].items():
-            one = lambda entry: entry[0] if len(set(entry)) == 1 else entry
-            call[4][line] = [[name, *map(one, entries)] for name, entries in names.items()]
+        for call, line, name, value in events:
+            names = written.setdefault(call, {}).setdefault(line, {})
+            names.setdefault(name, [[] for _ in recordings])[which].append(values.add(value))
+    number = {None: -1} | {call: n for n, call in enumerate(written)}
+    one = lambda entry: entry[0] if len(set(entry)) == 1 else list(entry)
+    found = []
+    for call, lines in written.items():
+        function = f"{call.module.__name__.removeprefix('minirec.')}.{call.function}"
+        found.append([function, number[call.caller], call.line, number[call.forward], {}])
+        for line, names in lines.items():
+            times = {name: itertools.zip_longest(*entries, fillvalue=-1) for name, entries in names.items()}
+            found[-1][4][line] = [[name, *map(one, entries)] for name, entries in times.items()]
     return found
 
 

@@ -1,7 +1,7 @@
 """The recording: every value that the core's functions bind or write while one tiny example runs.
 
 Nothing here computes the model a second time. Python's trace hook follows the functions of the core line by line. The
-source says which names a line writes (`statements`); when the line is done, their values are copied. The page and the
+source says which names a line writes (`targets`); when the line is done, their values are copied. The page and the
 printed walk both show what is recorded here, so neither can differ from what the model did.
 
 The example: three users; one block, for a second would show the same lines again; no dropout; float64; larger weights
@@ -9,11 +9,11 @@ than in training, so that there is something to see.
 """
 
 import ast
-import contextlib
+import copy
 import inspect
-import itertools
-import linecache
 import sys
+from collections import Counter
+from dataclasses import dataclass, field
 from functools import cache, wraps
 from typing import NamedTuple
 
@@ -31,56 +31,30 @@ FILES = {module.__file__: module for module in CORE}
 # What a line writes
 
 
-class Statement(NamedTuple):
-    """A statement of a function: compound ones without their body."""
-
-    start: int  # its first line
-    stop: int  # its last line
-    targets: tuple  # what it writes, as nodes of the syntax tree
-    returns: bool
-    loop: range | None  # the lines of a for loop's body: its targets are written only where one of them follows
-
-
-def targets_of(node):
-    """Yield what a statement writes: assigned names, subscripts, `out=`, and what `append` and `add.at` change."""
-    written = getattr(node, "targets", [getattr(node, "target", None)]) if not isinstance(node, ast.Delete) else []
-    written = [*written, *(item.optional_vars for item in getattr(node, "items", ()))]
-    body = [part for name in ("body", "orelse", "finalbody") for part in getattr(node, name, [])]
-    waiting = [part for part in ast.iter_child_nodes(node) if part not in body]
-    while waiting:
-        part = waiting.pop()
-        if isinstance(part, (ast.Lambda, ast.GeneratorExp, ast.ListComp, ast.DictComp, ast.SetComp)):
-            continue  # their names are not the function's
-        waiting += ast.iter_child_nodes(part)
-        if isinstance(part, ast.NamedExpr):
-            written.append(part.target)
-        elif isinstance(part, ast.Call):
-            written += [keyword.value for keyword in part.keywords if keyword.arg == "out"]
-            name = getattr(part.func, "attr", None)
-            written += [part.args[0]] if name == "at" else [part.func.value] if name == "append" else []
-    while written:
-        part = written.pop(0)
-        if isinstance(part, (ast.Tuple, ast.List)):
-            written[:0] = part.elts
-        elif isinstance(part, ast.Starred):
-            written.insert(0, part.value)
-        elif part is not None:
-            yield part
-
-
 @cache
 def statements(module):
-    """Return {line: Statement} of the lines of all functions of a module."""
+    """Return {line: statement, as a node of the syntax tree} of all functions of a module, and of their defs."""
     lines, tree = {}, ast.parse(inspect.getsource(module))
     for function in (node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)):
         for node in ast.walk(function):  # outer statements come first, so the innermost one remains
-            if isinstance(node, ast.stmt) and node is not function:
-                stop = node.body[0].lineno - 1 if getattr(node, "body", None) else node.end_lineno
-                targets = () if isinstance(node, ast.FunctionDef) else tuple(targets_of(node))
-                loop = range(node.body[0].lineno, node.end_lineno + 1) if isinstance(node, ast.For) else None
-                found = Statement(node.lineno, max(stop, node.lineno), targets, isinstance(node, ast.Return), loop)
-                lines |= dict.fromkeys(range(found.start, found.stop + 1), found)
+            if isinstance(node, ast.stmt):
+                stop = max(node.body[0].lineno, node.lineno + 1) if hasattr(node, "body") else node.end_lineno + 1
+                lines |= dict.fromkeys(range(node.lineno, stop), node)
     return lines
+
+
+@cache
+def targets(node):
+    """Return what a statement writes: assigned names, subscripts, `out=`, and what `append` and `add.at` change."""
+    written = []
+    for target in filter(None, getattr(node, "targets", [getattr(node, "target", None)])):
+        names = [part for part in ast.walk(target) if isinstance(part, (ast.Name, ast.Subscript))]
+        written += [part for part in names if isinstance(part.ctx, ast.Store)]  # of x[i] neither x nor i
+    for call in (part for part in ast.walk(node) if isinstance(part, ast.Call) and not hasattr(node, "body")):
+        written += [keyword.value for keyword in call.keywords if keyword.arg == "out"]
+        name = getattr(call.func, "attr", None)
+        written += [call.args[0]] if name == "at" else [call.func.value] if name == "append" else []
+    return written
 
 
 def resolve(node, frame):
@@ -94,16 +68,6 @@ def resolve(node, frame):
         if not isinstance(key, slice):
             return f"{name}[{key!r}]".replace("'", '"'), value[key]
     return name, value
-
-
-def snapshot(value):
-    """Return a value of which the arrays, also those within dicts, lists and tuples, are copies."""
-    if isinstance(value, dict):
-        return {name: snapshot(part) for name, part in value.items()}
-    if isinstance(value, (list, tuple)):
-        parts = map(snapshot, value)
-        return type(value)(*parts) if hasattr(value, "_fields") else type(value)(parts)
-    return value.copy() if isinstance(value, np.ndarray) else value
 
 
 def parts_of(value):
@@ -125,24 +89,19 @@ def arrays_in(value, name):
 # The recorder
 
 
-class Event(NamedTuple):
-    """One name written: its value as the line left it."""
-
-    call: object
-    line: int
-    name: str  # "return" for what the function returns; an argument's line is that of the def
-    value: object
-
-
+@dataclass(unsafe_hash=True)
 class Call:
-    """One call of a function of the core."""
+    """One call of a function of the core. Calls of two recordings are equal where they were made at the same place."""
 
-    def __init__(self, module, code, caller, line):
-        self.module, self.function = module, code.co_qualname
-        defines = lambda n: linecache.getline(code.co_filename, n).lstrip().startswith("def ")
-        self.start = next(filter(defines, itertools.count(code.co_firstlineno)))  # past its mark @fused
-        self.caller, self.line = caller, line  # the call that it was made by, and in which line of it
-        self.arguments, self.returned, self.events, self.forward = {}, None, [], None
+    module: object
+    function: str
+    start: int  # the line of its def
+    caller: object  # the Call that it was made by
+    line: int  # in which line of the caller
+    time: int  # the how manyth call that this line makes
+    arguments: dict = field(compare=False)
+    returned: object = field(default=None, compare=False)
+    forward: object = field(default=None, compare=False)  # the Call that this one is the backward of
 
     def partner(self, calls):
         """Return the call that this one is the backward of: the latest that left its cache, or has its names."""
@@ -156,29 +115,31 @@ class Call:
         return None
 
 
-@contextlib.contextmanager
-def unwritten_is_nan():
-    """Let new arrays that NumPy leaves unwritten hold NaN instead of what happens to lie in memory."""
-    before, nothing = (np.empty, np.empty_like), {"f": np.nan}  # of whole numbers: 0
+class Event(NamedTuple):
+    """One name written: its value as the line left it."""
 
-    def blank(make):
-        fill = lambda array: (array, array.fill(nothing.get(array.dtype.kind, 0)))[0]
-        return wraps(make)(lambda *arguments, **options: fill(make(*arguments, **options)))
+    call: Call
+    line: int
+    name: str  # "return" for what the function returns; an argument's line is that of the def
+    value: object
 
-    np.empty, np.empty_like = map(blank, before)
-    try:
-        yield
-    finally:
-        np.empty, np.empty_like = before
+
+@wraps(np.empty)
+def empty(shape, dtype=float):  # NaN instead of what happens to lie in memory; whole numbers have none
+    return np.full(shape, np.nan if np.issubdtype(dtype, np.floating) else 0, dtype)
+
+
+@wraps(np.empty_like)
+def empty_like(array):
+    return empty(array.shape, array.dtype)
 
 
 def record(run):
-    """Run a function without arguments; return the Events, in order. The tracer that was there before is put back."""
-    calls, events, active = [], [], {}
+    """Run a function without arguments; return the Events, in order. Tracer and NumPy are put back as they were."""
+    calls, events, active, times = [], [], {}, Counter()
 
     def keep(call, line, name, value):
-        call.events.append(Event(call, line, name, snapshot(value)))
-        events.append(call.events[-1])
+        events.append(Event(call, line, name, copy.deepcopy(value, {id(np): np})))  # but for xp, which is no value
 
     def enter(frame, event, _):
         module, code = FILES.get(frame.f_code.co_filename), frame.f_code
@@ -187,40 +148,42 @@ def record(run):
         above = frame.f_back
         while above and above not in active:
             above = above.f_back
-        call = Call(module, code, active.get(above), above.f_lineno if above else 0)
-        call.arguments = dict(frame.f_locals)
+        lines, running = statements(module), None
+        start = min(line for line in lines if line >= code.co_firstlineno)  # past its mark @fused
+        place = module, code.co_qualname, start, active.get(above), above.f_lineno if above else 0
+        times[place] += 1
+        call = active[frame] = Call(*place, times[place], dict(frame.f_locals))
         if call.function.endswith("_backward"):
             call.forward = call.partner(calls)
-        active[frame] = call
         calls.append(call)
         for name, value in call.arguments.items():
-            keep(call, call.start, name, value)
-        lines, running = statements(module), None
+            keep(call, start, name, value)
 
         def inside(frame, event, value):
             nonlocal running
-            now = lines.get(frame.f_lineno) if event == "line" else None
-            if event in ("line", "return") and now is not running:
-                written = running and (running.loop is None or (event == "line" and frame.f_lineno in running.loop))
-                for target in running.targets if written else ():
-                    keep(call, running.start, *resolve(target, frame))
+            following = lines.get(frame.f_lineno) if event == "line" else None
+            if event in ("line", "return") and following is not running:
+                done = running and (not isinstance(running, ast.For) or following is running.body[0])  # a loop may end
+                for target in targets(running) if done else ():
+                    keep(call, running.lineno, *resolve(target, frame))
                 if event == "return":
                     call.returned = value
-                    if running and running.returns:
-                        keep(call, running.start, "return", value)
+                    if isinstance(running, ast.Return):
+                        keep(call, running.lineno, "return", value)
                     del active[frame]
-                running = now
+                running = following
             return inside
 
         return inside
 
-    before = sys.gettrace()
+    before = sys.gettrace(), np.empty, np.empty_like
+    np.empty, np.empty_like = empty, empty_like
     sys.settrace(enter)
     try:
-        with unwritten_is_nan():
-            run()
+        run()
     finally:
-        sys.settrace(before)
+        sys.settrace(before[0])
+        np.empty, np.empty_like = before[1:]
     return events
 
 
