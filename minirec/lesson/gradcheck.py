@@ -15,7 +15,7 @@ entries of each array are moved.
 import numpy as np
 
 from minirec import attention, loss, ops, packing
-from minirec.backend import generator, to_device, to_host
+from minirec.backend import generator, get_array_module, to_device, to_host
 from minirec.model import Config, loss_and_gradients
 from minirec.parameters import parameter_shapes
 
@@ -73,56 +73,40 @@ def operations(weighting, xp=np):
     says that its gradients are d_x, .... For an operation with an output, loss() = sum(out * d_out), d_out random.
     """
     rng = np.random.default_rng(0)
-
-    def draw(*shape):
-        return to_device(rng.normal(size=shape), xp)
-
-    def dropout_rng():
-        return generator(xp, 1)
-
     lengths = np.sort(LENGTHS)
-    n, d, n_items, n_heads = int(lengths.sum()), 6, 9, 2
+    n, d, n_items = int(lengths.sum()), 6, 9
+    draw = lambda *shape: to_device(rng.normal(size=shape), xp)
+    total = lambda forward: lambda: float((forward()[0] * d_out).sum())
     x, d_out, gamma, beta, w, b = draw(n, d), draw(n, d), draw(d), draw(d), draw(d, d), draw(d)
     index = to_device(rng.integers(n_items, size=n), xp)
 
-    def zeros(*arrays):
-        return [xp.zeros_like(array) for array in arrays]
-
-    def total(forward):
-        return lambda: float((forward()[0] * d_out).sum())
+    def token_wise(name, forward, **arrays):
+        """Check x, ... -> (out, cache), whose backward returns d_x and adds the other gradients to what it is given."""
+        now = lambda: forward(*arrays.values())
+        _, *others = map(xp.zeros_like, arrays.values())
+        d_x = getattr(ops, name)(d_out, now()[1], *others)
+        pairs = zip(arrays.values(), (d_x, *others), strict=True)
+        return name, total(now), dict(zip((f"d_{array}" for array in arrays), pairs, strict=True))
 
     table = draw(n_items, d)
-    (d_table,) = zeros(table)
+    d_table = xp.zeros_like(table)
     _, d_x = loss.cross_entropy(x, table, index, 1 / n, d_table)
-    value = lambda: float(loss.cross_entropy(x, table, index, 1 / n, *zeros(table))[0])
+    value = lambda: float(loss.cross_entropy(x, table, index, 1 / n, xp.zeros_like(table))[0])
     yield "cross_entropy", value, {"d_x": (x, d_x), "d_items": (table, d_table)}
 
-    _, cache = ops.layer_norm(x, gamma, beta)
-    d_gamma, d_beta = zeros(gamma, beta)
-    d_x = ops.layer_norm_backward(d_out, cache, d_gamma, d_beta)
-    gradients = {"d_x": (x, d_x), "d_gamma": (gamma, d_gamma), "d_beta": (beta, d_beta)}
-    yield "layer_norm_backward", total(lambda: ops.layer_norm(x, gamma, beta)), gradients
-
-    _, mask = ops.dropout(x, 0.3, dropout_rng())
-    d_x = ops.dropout_backward(d_out, mask)
-    yield "dropout_backward", total(lambda: ops.dropout(x, 0.3, dropout_rng())), {"d_x": (x, d_x)}
-
-    _, cache = ops.linear(x, w, b)
-    d_w, d_b = zeros(w, b)
-    d_x = ops.linear_backward(d_out, cache, d_w, d_b)
-    yield "linear_backward", total(lambda: ops.linear(x, w, b)), {"d_x": (x, d_x), "d_w": (w, d_w), "d_b": (b, d_b)}
-
-    _, out = ops.relu(x)
-    yield "relu_backward", total(lambda: ops.relu(x)), {"d_x": (x, ops.relu_backward(d_out, out))}
+    yield token_wise("layer_norm_backward", ops.layer_norm, x=x, gamma=gamma, beta=beta)
+    yield token_wise("dropout_backward", lambda x: ops.dropout(x, 0.3, generator(xp, 1)), x=x)
+    yield token_wise("linear_backward", ops.linear, x=x, w=w, b=b)
+    yield token_wise("relu_backward", ops.relu, x=x)
 
     q, k, v = draw(n, d), draw(n, d), draw(n, d)
     buckets = packing.make_buckets(lengths, 2, xp)  # padded ones
-    mix = lambda: attention.attention(q, k, v, buckets, n_heads, weighting, 0.3, dropout_rng())
+    mix = lambda: attention.attention(q, k, v, buckets, 2, weighting, 0.3, generator(xp, 1))
     d_qkv = attention.attention_backward(d_out, mix()[1], buckets, weighting)
     gradients = {f"d_{name}": (x, d_x) for name, x, d_x in zip("qkv", (q, k, v), d_qkv, strict=True) if d_x is not None}
     yield f"attention_backward, {weighting}", total(mix), gradients
 
-    (d_table,) = zeros(table)
+    d_table = xp.zeros_like(table)
     ops.embedding_backward(d_out, index, d_table)
     yield "embedding_backward", total(lambda: ops.embedding(table, index)), {"d_table": (table, d_table)}
 
@@ -158,6 +142,15 @@ def identically_zero(config, name):
     return rest[-1] in unused
 
 
+def gradients(parameters, config, sequences, names=None):
+    """Yield (name, gradient, central differences) of all parameters, or of those named in that order (see compared)."""
+    xp = get_array_module(parameters["item_embedding"])
+    now = lambda: loss_and_gradients(parameters, config, sequences, generator(xp, 1))
+    _, by_hand = now()
+    for name in names or parameters:
+        yield name, *compared(lambda: now()[0], parameters[name], by_hand[name])
+
+
 def check(attn, xp=np, only=None):
     """Check all parameters, or those named in `only`, under one weighting, on array module xp.
 
@@ -167,13 +160,7 @@ def check(attn, xp=np, only=None):
     """
     config, parameters, sequences = example(attn)
     parameters = {name: to_device(value, xp) for name, value in parameters.items()}
-
-    def value():
-        return loss_and_gradients(parameters, config, sequences, generator(xp, 1))
-
-    _, gradients = value()
-    for name in only or reversed(parameters):
-        gradient, numeric = compared(lambda: value()[0], parameters[name], gradients[name])
+    for name, gradient, numeric in gradients(parameters, config, sequences, only or reversed(parameters)):
         if identically_zero(config, name):
             yield name, max(np.abs(gradient).max(), np.abs(numeric).max()), False
         else:

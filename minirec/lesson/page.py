@@ -200,17 +200,15 @@ def calls_of(recordings, values):
 
 def gradients(values):
     """Return [name, gradient, central difference, off by] of each parameter, a list of one a weighting each."""
-    rows = []
+    rows = {}
     for attn in known_weightings():
         config, p = recording.example(attn)
-        now = lambda config=config, p=p: model.loss_and_gradients(p, config, recording.SEQUENCES)
-        for n, (name, gradient) in enumerate(now()[1].items()):
-            numeric = gradcheck.central_differences(lambda now=now: now()[0], p[name])
-            rows += [[name, [], [], []]] if n == len(rows) else []
+        for name, gradient, numeric in gradcheck.gradients(p, config, recording.SEQUENCES):
             off = float(f"{np.abs(gradient - numeric).max():.0e}")
-            for part, value in zip(rows[n][1:], (values.add(gradient), values.add(numeric), off), strict=True):
+            row = rows.setdefault(name, ([], [], []))
+            for part, value in zip(row, (values.add(gradient), values.add(numeric), off), strict=True):
                 part.append(value)
-    return rows
+    return [[name, *row] for name, row in rows.items()]
 
 
 def describe():

@@ -75,7 +75,6 @@ def heading(text):
 def lines(attn="softmax", seed=recording.SEED):
     """Yield the lines of the walk. attn: one of attention.known_weightings()."""
     config, p = recording.example(attn, seed)
-    step = lambda: model.loss_and_gradients(p, config, recording.SEQUENCES)
     yield heading("the parameters")
     for name, value in p.items():
         yield from side_by_side({name: value})
@@ -85,12 +84,11 @@ def lines(attn="softmax", seed=recording.SEED):
     rows = {"user": users, "items": batch.items, "positions": batch.positions, "targets": batch.targets}
     yield from side_by_side(rows)
     yield heading(f"one step, forwards and backwards, {attn} weighting")
-    yield from walk(recording.record(step))
+    yield from walk(recording.record(lambda: model.loss_and_gradients(p, config, recording.SEQUENCES)))
     yield heading("each gradient beside its central difference")
     yield f"{'parameter':<40}{'largest entry':>20}{'off by':>20}"
     errors = []
-    for name, gradient in step()[1].items():
-        numeric = gradcheck.central_differences(lambda: step()[0], p[name])
+    for name, gradient, numeric in gradcheck.gradients(p, config, recording.SEQUENCES):
         off, largest = np.abs(gradient - numeric).max(), np.abs(numeric).max()
         errors.insert(0, (name, off / max(largest, 1e-3)))
         yield f"{name + ' ' + str(list(gradient.shape)):<40}{largest:20.6f}{off:20.0e}"
