@@ -14,6 +14,7 @@ import keyword
 import re
 import textwrap
 import tokenize
+from collections import Counter
 from importlib import resources
 from types import FunctionType, ModuleType
 
@@ -26,7 +27,7 @@ from minirec.lesson.exercises import exercises
 
 CHAPTERS = (plain, errors, *recording.CORE[1:])
 NAMES = [module.__name__.removeprefix("minirec.") for module in CHAPTERS]
-INDENT = 4  # columns; what stands further to the right in a docstring is a derivation, or a table
+INDENT = " " * 4  # what stands further to the right in a docstring is a derivation, or a table
 
 
 # The text
@@ -34,41 +35,32 @@ INDENT = 4  # columns; what stands further to the right in a docstring is a deri
 
 def prose(text):
     """Return a docstring or comment as HTML: paragraphs, and what is indented as it stands."""
-    blocks, gap = [], False
-    for line in inspect.cleandoc(text).splitlines():
-        derived = line.startswith(" " * INDENT)
-        if line:
-            if not blocks or blocks[-1][0] != derived or (gap and not derived):
-                blocks.append((derived, []))
-            blocks[-1][1].extend([""] * (gap and bool(blocks[-1][1])) + [line])
-        gap = not line
     out = ""
-    for derived, lines in blocks:
-        block = html.escape(textwrap.dedent("\n".join(lines)), quote=False)
-        if not derived:
-            block = re.sub(r"`([^`]+)`", r"<code>\1</code>", block)
-            block = re.sub(rf"\b({'|'.join(NAMES)})\.py\b", r'<a href="#\1">\1.py</a>', block)
-        out += f"<pre>{block}</pre>" if derived else f"<p>{block}</p>"
+    for block in re.findall(rf"(?:{INDENT}.+\n+)+|(?:(?!{INDENT}).+\n)+", inspect.cleandoc(text) + "\n"):
+        shown = html.escape(textwrap.dedent(block).rstrip(), quote=False)
+        if not block.startswith(INDENT):
+            shown = re.sub(r"`([^`]+)`", r"<code>\1</code>", shown)
+            shown = re.sub(rf"\b({'|'.join(NAMES)})\.py\b", r'<a href="#\1">\1.py</a>', shown)
+        out += f"<pre>{shown}</pre>" if block.startswith(INDENT) else f"<p>{shown}</p>"
     return out
 
 
 def coloured(source):
-    """Return the lines of a source as HTML: keywords, strings, comments, numbers and names in elements of their own."""
+    """Return the lines of a source as HTML: keywords, strings, comments, numbers and names in elements of their own.
+
+    Lines within a docstring are left empty.
+    """
     lines = source.splitlines()
-    out, column, row = [""] * len(lines), 0, 1
+    out, done = [""] * len(lines), Counter()  # done: {row: columns}
     kinds = {tokenize.COMMENT: "c", tokenize.NUMBER: "m", tokenize.STRING: "s", tokenize.NAME: "n"}
     for token in tokenize.generate_tokens(io.StringIO(source).readline):
-        kind = kinds.get(token.type, "s" if tokenize.tok_name[token.type].startswith("FSTRING") else "")
-        kind = "k" if keyword.iskeyword(token.string) else kind
-        if token.string.strip() or kind:
-            (first, start), (last, stop) = token.start, token.end
-            for n in range(first, last + 1):
-                column = column if n == row else 0
-                begin = start if n == first else 0
-                end = stop if n == last else len(lines[n - 1])
-                text = html.escape(lines[n - 1][begin:end], quote=False)
-                out[n - 1] += lines[n - 1][column:begin] + (f'<span class="{kind}">{text}</span>' if kind else text)
-                row, column = n, end
+        (row, start), (last, stop) = token.start, token.end
+        if token.string.strip() and row == last:
+            kind = kinds.get(token.type, "s" if tokenize.tok_name[token.type].startswith("FSTRING") else "")
+            kind = "k" if keyword.iskeyword(token.string) else kind
+            blanks, text = lines[row - 1][done[row] : start], html.escape(lines[row - 1][start:stop], quote=False)
+            out[row - 1] += blanks + (f'<span class="{kind}">{text}</span>' if kind else text)
+            done[row] = stop
     return out
 
 
@@ -78,15 +70,13 @@ def chapter(module):
     tree, lines, code = ast.parse(source), source.splitlines(), coloured(source)
     solved = {words.function: title for title, words in exercises().items() if words.module == name}
     parts = [f'<section id="{name}"><h2>{name}.py</h2><div class="prose">{prose(ast.get_docstring(tree))}</div>']
-    words, units = {}, {}  # {line: text}, {line: the function or class that it belongs to}
-    for n, line in enumerate(lines, 1):
-        if line.strip().startswith("#"):
-            words[n] = line.strip().removeprefix("#").removeprefix(" ")
+    words = {n: line.strip().removeprefix("# ") for n, line in enumerate(lines, 1) if line.lstrip().startswith("#")}
+    units = {}  # {line: the function or class that it belongs to}
     for node in ast.walk(tree):
-        if isinstance(node, (ast.Module, ast.FunctionDef, ast.ClassDef)) and ast.get_docstring(node):
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and ast.get_docstring(node):
             places = range(node.body[0].lineno, node.body[0].end_lineno + 1)
             words |= dict(itertools.zip_longest(places, ast.get_docstring(node).splitlines(), fillvalue=""))
-    for node, above in zip(tree.body[1:], tree.body[:-1], strict=True):
+    for above, node in itertools.pairwise(tree.body):
         unit = node if isinstance(node, (ast.FunctionDef, ast.ClassDef)) else None  # imports and constants: together
         units |= dict.fromkeys(range(above.end_lineno + 1, node.end_lineno + 1), unit)
     for unit, numbers in itertools.groupby(sorted(units), units.get):
