@@ -1,6 +1,5 @@
 """Exercises: their files are made from the source, our solution passes, and what is wrong with another one is named."""
 
-import json
 import os
 import sys
 
@@ -14,28 +13,22 @@ NAMES = tuple(exercises.CASES)
 SLIPS = [(name, *slip) for name, words in exercises.exercises().items() for slip in words.slips]
 
 
-def answer(name, source, folder):
-    """What `run` finds of a student's file, after the way through JSON."""
+def judged(name, source, folder):
     path = folder / "mine.py"
     path.write_text(source)
-    return json.loads(json.dumps(exercises.run(name, str(path))))
-
-
-def judged(name, source, folder):
-    right, lines = exercises.judge(name, answer(name, source, folder))
-    return right, "\n".join(lines)
+    return exercises.judge(name, str(path))
 
 
 def write(name, body, first="import numpy as np"):
     """A student's file: this body under the signature that is asked for."""
-    signature = next(line for line in exercises.text_of(name, "p").splitlines() if line.startswith(f"def {name}("))
+    signature = next(line for line in exercises.text_of(name).splitlines() if line.startswith(f"def {name}("))
     return f"{first}\n\n{signature}\n" + "".join(f"    {line}\n" for line in body.split("\n"))
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_our_solution_passes_and_the_empty_file_asks_for_work(name, tmp_path):
     assert judged(name, exercises.solution(name), tmp_path)[0]
-    text = exercises.text_of(name, "python cli.py")
+    text = exercises.text_of(name)
     right, says = judged(name, text, tmp_path)
     line = next(n for n, line in enumerate(text.splitlines(), 1) if "raise NotImplementedError" in line)
     assert not right and f"line {line}: not written yet" in says and "hint: " in says
@@ -94,7 +87,8 @@ def test_what_is_wrong_is_named(name, body, says, tmp_path):
 
 
 def test_a_file_without_the_function_is_told_so(tmp_path):
-    assert answer("softmax", "def soft_max(scores): pass", tmp_path)["fault"] == "it defines no function softmax"
+    right, says = judged("softmax", "def soft_max(scores): pass", tmp_path)
+    assert not right and says.startswith("off: it defines no function softmax\nhint: ")
 
 
 def test_a_row_and_a_column_with_something_of_its_own_are_told_apart(rng):
@@ -120,18 +114,18 @@ def test_what_depends_on_the_size_of_numbers_is_judged_by_it():
 def test_a_students_file_runs_in_a_process_of_its_own(tmp_path, capfd):
     path, more = tmp_path / "mine.py", "import os\nprint('so far')\nos.environ['MINE'] = '1'\n"
     path.write_text(more + exercises.solution("relu_backward"))
-    assert exercises.judge("relu_backward", exercises.run_apart("relu_backward", path))[0]
+    assert exercises.judge_apart("relu_backward", path)[0]
     assert "so far" in capfd.readouterr().err and "MINE" not in os.environ
     path.write_text("import os\nos._exit(7)")
-    found = exercises.run_apart("relu_backward", path)
-    assert found["fault"] == "its process ended without an answer (exit status 7)"
+    right, says = exercises.judge_apart("relu_backward", path)
+    assert not right and says == "off: its process ended without an answer (exit status 7)"
 
 
 def test_a_loop_without_an_end_is_ended(tmp_path, monkeypatch):
     monkeypatch.setattr(exercises, "TIME_LIMIT", 1)
     (tmp_path / "mine.py").write_text("while True: pass")
-    found = exercises.run_apart("relu_backward", tmp_path / "mine.py")
-    assert found["fault"] == "not done after 1 seconds: is there a loop without an end?"
+    right, says = exercises.judge_apart("relu_backward", tmp_path / "mine.py")
+    assert not right and says == "off: not done after 1 seconds: is there a loop without an end?"
 
 
 def test_the_command_lists_writes_checks_and_shows(tmp_path, monkeypatch):

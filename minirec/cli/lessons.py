@@ -117,15 +117,15 @@ def exercise(name, check, solution):
     elif check:
         with files.opened(check, LARGEST):
             pass
-        right, lines = exercises.judge(name, exercises.run_apart(name, check))
-        click.echo("\n".join(lines))
+        right, says = exercises.judge_apart(name, check)
+        click.echo(says)
         if not right:
             raise click.exceptions.Exit(1)
     else:
         path = Path(f"{name}.py")
         if path.exists():
             raise UserError(f"{path}: stands here already, and is not overwritten; check it with --check {path}")
-        text = exercises.text_of(name, as_called(PROGRAM))
+        text = as_called(exercises.text_of(name))
         files.replace(path, lambda file: file.write(text.encode()))
         say(f"wrote {path}; {PROGRAM} exercise {name} --check {path} says whether it is right")
 

@@ -198,3 +198,10 @@ def example(attn="softmax", seed=SEED):
     for name, value in parameters.items():
         value[...] = rng.normal(1 if name.endswith("gamma") else 0, STD, value.shape)
     return config, parameters
+
+
+def mixing_arguments(config, p):
+    """Return {name: argument} of decompose.mixing_ratios, for the block of the example and its first user's history."""
+    history = SEQUENCES[0][:-1]
+    batch, (cache,) = decompose.block_caches(p, config, history, np.array([0]), np.array([len(history)]))
+    return {"cache": cache, "p": parameters.sub_dict(p, "blocks.0."), "buckets": batch.buckets}

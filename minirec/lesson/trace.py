@@ -11,7 +11,6 @@ import numpy as np
 
 from minirec import attention, decompose, loss, model, ops, packing
 from minirec.lesson import gradcheck, recording
-from minirec.parameters import sub_dict
 
 WIDTH = 80  # columns of the terminal
 SHOWN = (ops, attention, loss, model, decompose)
@@ -98,8 +97,7 @@ def lines(attn="softmax", seed=recording.SEED):
         changed = recording.example(other, seed)[0]
         yield f"{other:<12}{model.loss_and_gradients(p, changed, recording.SEQUENCES)[0]:.4f}"
     yield heading("how much the first user's positions mix")
-    history = recording.SEQUENCES[0][:-1]
-    batch, (cache,) = decompose.block_caches(p, config, history, np.array([0]), np.array([len(history)]))
-    ratios = recording.record(lambda: decompose.mixing_ratios(cache, sub_dict(p, "blocks.0."), batch.buckets))
-    events = ratios + recording.record(lambda: decompose.contributions(p, config, history))
+    arguments = recording.mixing_arguments(config, p)
+    events = recording.record(lambda: decompose.mixing_ratios(**arguments))
+    events += recording.record(lambda: decompose.contributions(p, config, recording.SEQUENCES[0][:-1]))
     yield from walk(event for event in events if event.call.module is decompose)
