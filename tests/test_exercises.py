@@ -149,7 +149,7 @@ def test_the_command_lists_writes_checks_and_shows(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     "arguments, status, says",
     [
-        (["nothing"], 2, "choose from relu_backward, "),
+        (["nothing"], 2, "'nothing' is not one of 'relu_backward', "),
         (["softmax", "--check", "nowhere.py"], 1, "nowhere.py: cannot be read"),
         (["softmax", "--check", "."], 1, "a regular file belongs here"),
         (["--solution"], 2, "which exercise?"),

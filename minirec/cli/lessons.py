@@ -39,25 +39,25 @@ def gradcheck(attn, backend):
     with progress("checking", 2 * len(weightings)) as update:
         for weighting in weightings:
             for operation, name, error in checking.check_operations(weighting, xp):
-                operations[operation, name] = error  # only that of attention differs from weighting to weighting
+                rows = operations.setdefault(operation.split(",")[0], {})
+                rows[operation, name] = error  # only that of attention differs from weighting to weighting
             update(1)
             for name, error, relative in checking.check(weighting, xp):
                 parameters.setdefault(name, []).append((error, relative))
             update(1)
     click.echo(f"{'operation':<32}{'gradient':>14}{'off by':>14}")
-    names = [operation.split(",")[0] for operation, _ in operations]
-    for operation, name in sorted(operations, key=lambda key: names.index(key[0].split(",")[0])):
-        click.echo(f"{operation:<32}{name:>14}{operations[operation, name]:14.1e}")
+    named = [(*key, error) for rows in operations.values() for key, error in rows.items()]
+    for operation, name, error in named:
+        click.echo(f"{operation:<32}{name:>14}{error:14.1e}")
     click.echo(f"\n{'parameter':<32}" + "".join(f"{w:>14}" for w in weightings))
-    block = None
+    before = None
     for name, cells in parameters.items():
-        if (found := re.match(r"blocks\.(\d+)\.", name)) and found[1] != block:
-            block = found[1]
+        block, short = re.fullmatch(r"(?:blocks\.(\d+)\.)?(.+)", name).groups()
+        if block != before and block:
             click.echo(f"block {block}")
-        short = name.removeprefix(f"blocks.{block}.")
-        title = short if short == name else f"  {short}"
+        before = block
+        title = f"  {short}" if block else short
         click.echo(f"{title:<32}" + "".join(f"{'' if relative else '0+':>5}{error:9.1e}" for error, relative in cells))
-    named = [(*key, error) for key, error in operations.items()]
     largest = [(name, max(error for error, _ in cells)) for name, cells in parameters.items()]
     if fault := checking.first_fault(named, largest):
         raise UserError(fault)
@@ -85,7 +85,7 @@ def trace(attn, seed):
 
 
 @click.command(cls=Command)
-@click.argument("name", required=False, metavar="[NAME]")
+@click.argument("name", required=False, metavar="[NAME]", type=click.Choice(list(exercises.CASES)))
 @click.option("--check", type=options.PATH, metavar="FILE", help="Check the function in FILE.")
 @click.option("--solution", is_flag=True, help="Print our function.")
 def exercise(name, check, solution):
@@ -100,19 +100,15 @@ def exercise(name, check, solution):
     python cli.py exercise layer_norm_backward --check layer_norm_backward.py
     python cli.py exercise layer_norm_backward --solution
     """
-    known = exercises.exercises()
     if check and solution:
         raise click.UsageError("--check and --solution: choose one of them.")
-    if name is None:
-        if check or solution:
-            raise click.UsageError("which exercise? Give its name.")
-        for title, words in known.items():
+    if not name and (check or solution):
+        raise click.UsageError("which exercise? Give its name.")
+    if not name:
+        for title, words in exercises.exercises().items():
             click.echo(f"{title:<28}minirec/{words.module.replace('.', '/')}.py")
         say(f"{PROGRAM} exercise NAME writes NAME.py, in which the function is to be written")
-        return
-    if name not in known:
-        raise click.UsageError(f"no exercise {name!r}: choose from {', '.join(known)}.")
-    if solution:
+    elif solution:
         click.echo(exercises.solution(name), nl=False)
     elif check:
         with files.opened(check, LARGEST):

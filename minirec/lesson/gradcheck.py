@@ -27,21 +27,19 @@ LENGTHS = (7, 2, 4, 4, 5, 9)
 
 
 def central_differences(loss, value, entries=None):
-    """Return dL/dvalue on the host; loss() reads value, whose entries are moved and put back.
+    """Return dL/dvalue on the host, of value's shape; loss() reads value, whose entries are moved and put back.
 
-    entries: a list of index tuples, for dL/dvalue at these alone, [len(entries)]; None: at all, of value's shape.
+    entries: index tuples, at which alone it is computed; elsewhere it is 0 then.
     """
-    indices = list(np.ndindex(value.shape)) if entries is None else entries
-    numeric = np.zeros(len(indices))
-    for n, i in enumerate(indices):
+    numeric = np.zeros(value.shape)
+    for i in np.ndindex(value.shape) if entries is None else entries:
         centre = float(value[i])
         value[i] = centre + STEP
         above = loss()
         value[i] = centre - STEP
-        under = loss()
+        numeric[i] = (above - loss()) / (2 * STEP)
         value[i] = centre
-        numeric[n] = (above - under) / (2 * STEP)
-    return numeric.reshape(value.shape) if entries is None else numeric
+    return numeric
 
 
 def compared(loss, value, gradient):
@@ -55,7 +53,7 @@ def compared(loss, value, gradient):
     drawn = np.random.default_rng(0).permutation(gradient.size)
     chosen = np.unique(np.r_[np.argsort(-np.abs(gradient), axis=None)[: SAMPLED // 2], drawn[: SAMPLED // 2]])
     entries = [tuple(map(int, np.unravel_index(i, gradient.shape))) for i in chosen]
-    return gradient.flat[chosen], central_differences(loss, value, entries)
+    return gradient.flat[chosen], central_differences(loss, value, entries).flat[chosen]
 
 
 def relative_error(gradient, numeric):
@@ -172,12 +170,7 @@ def first_fault(operation_errors, parameter_errors):
 
     operation_errors: what check_operations yields; parameter_errors: of several weightings, (name, error).
     """
-    inherited = "everything before it in the backward pass inherits that"
-    for operation, gradient, error in operation_errors:
-        if not error < TOLERANCE:
-            return f"{operation}: {gradient} off by {error:.2g}; {inherited}"
-    for name, error in parameter_errors:
-        if not error < TOLERANCE:
-            connected = "though every operation is right alone; look at how the backward of its block connects them"
-            return f"{name}: off by {error:.2g}, {connected}; {inherited}"
-    return None
+    connected = "though every operation is right alone; look at how the backward of its block connects them"
+    faults = [f"{name}: {part} off by {error:.2g}" for name, part, error in operation_errors if not error < TOLERANCE]
+    faults += [f"{name}: off by {error:.2g}, {connected}" for name, error in parameter_errors if not error < TOLERANCE]
+    return f"{faults[0]}; everything before it in the backward pass inherits that" if faults else None
