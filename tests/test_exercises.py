@@ -27,19 +27,19 @@ def write(name, body, first="import numpy as np"):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_our_solution_passes_and_the_empty_file_asks_for_work(name, tmp_path):
-    assert judged(name, exercises.solution(name), tmp_path)[0]
+    assert judged(name, exercises.source_of(name), tmp_path)[0]
     text = exercises.text_of(name)
     right, says = judged(name, text, tmp_path)
     line = next(n for n, line in enumerate(text.splitlines(), 1) if "raise NotImplementedError" in line)
     assert not right and f"line {line}: not written yet" in says and "hint: " in says
-    assert exercises.solution(name).splitlines()[-1] not in text
+    assert exercises.source_of(name).splitlines()[-1] not in text
     assert max(map(len, text.splitlines())) <= 120
 
 
 @pytest.mark.parametrize("name, says, old, new", SLIPS, ids=[f"{slip[0]}-{n}" for n, slip in enumerate(SLIPS)])
 def test_each_typical_mistake_is_named(name, says, old, new, tmp_path):
-    assert old in exercises.solution(name)
-    right, found = judged(name, exercises.solution(name).replace(old, new), tmp_path)
+    assert old in exercises.source_of(name)
+    right, found = judged(name, exercises.source_of(name).replace(old, new), tmp_path)
     assert not right and f"off: {says}" in found
 
 
@@ -113,7 +113,7 @@ def test_what_depends_on_the_size_of_numbers_is_judged_by_it():
 
 def test_a_students_file_runs_in_a_process_of_its_own(tmp_path, capfd):
     path, more = tmp_path / "mine.py", "import os\nprint('so far')\nos.environ['MINE'] = '1'\n"
-    path.write_text(more + exercises.solution("relu_backward"))
+    path.write_text(more + exercises.source_of("relu_backward"))
     assert exercises.judge_apart("relu_backward", path)[0]
     assert "so far" in capfd.readouterr().err and "MINE" not in os.environ
     path.write_text("import os\nos._exit(7)")

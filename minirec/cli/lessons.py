@@ -109,7 +109,7 @@ def exercise(name, check, solution):
             click.echo(f"{title:<28}minirec/{words.module.replace('.', '/')}.py")
         say(f"{PROGRAM} exercise NAME writes NAME.py, in which the function is to be written")
     elif solution:
-        click.echo(exercises.solution(name), nl=False)
+        click.echo(exercises.source_of(name), nl=False)
     elif check:
         with files.opened(check, LARGEST):
             pass

@@ -24,6 +24,7 @@ import traceback
 from functools import cache
 from importlib import resources
 from pathlib import Path
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import numpy as np
@@ -155,22 +156,18 @@ CASES["attention_backward_dropout"] = lambda: attention_backward(rate=0.4)
 # The words
 
 
-class Exercise(NamedTuple):
-    """The words of an exercise, as they stand in exercises.json."""
-
-    module: str  # in which our function stands
-    function: str
-    uses: list  # names of the module that the text shows: the forward, and what may be called
-    asks: str
-    hints: dict  # {result: hint}, in the order in which the results are judged
-    slips: list  # typical mistakes: [what it is, our source, what stands there instead]
-
-
 @cache
 def exercises():
-    """Return {name: Exercise}, from easy to hard."""
+    """Return {name: exercise}, from easy to hard, with the words of exercises.json as attributes:
+
+    module, function    where our function stands, and its name
+    uses                names of the module that the text shows: the forward, and what may be called
+    asks                what the function must do
+    hints               {result: hint}, in the order in which the results are judged
+    slips               typical mistakes: [what it is, our source, what stands there instead]
+    """
     words = json.loads(resources.files("minirec.lesson").joinpath("exercises.json").read_text("utf-8"))
-    return {name: Exercise(**words[name]) for name in CASES}
+    return {name: SimpleNamespace(**words[name]) for name in CASES}
 
 
 @cache
@@ -196,11 +193,12 @@ def ours(exercise, old="", new=""):
 # The text
 
 
-def source_of(exercise, **replaced):
+def source_of(name, **replaced):
     """Return the source of an exercise's function and of what it uses, after the imports that these need.
 
-    replaced: source that stands in the place of a definition, by name.
+    It is our solution, but for `replaced`: source that stands in the place of a definition, by name.
     """
+    exercise = exercises()[name]
     module = MODULES[exercise.module]
     sources, names = definitions(module) | replaced, [exercise.function, *exercise.uses]
     for name in names:  # which grow meanwhile
@@ -219,15 +217,10 @@ def text_of(name):
     exercise = exercises()[name]
     signature = f"def {exercise.function}{inspect.signature(ours(exercise))}:"
     words = textwrap.fill(f'"""{exercise.asks}', 100, initial_indent="    ", subsequent_indent="    ")
-    empty = f'{signature}\n{words}\n    """\n    raise NotImplementedError'
+    unwritten = f'{signature}\n{words}\n    """\n    raise NotImplementedError'
+    title = f"Exercise: write {exercise.function}. Is it right?"
     command = f"python cli.py exercise {name} --check {name}.py"
-    body = source_of(exercise, **{exercise.function: empty})
-    return f'"""Exercise: write {exercise.function}. Is it right?\n\n    {command}\n"""\n\n{body}'
-
-
-def solution(name):
-    """Return our own function, with its derivation and all that it needs."""
-    return source_of(exercises()[name])
+    return f'"""{title}\n\n    {command}\n"""\n\n{source_of(name, **{exercise.function: unwritten})}'
 
 
 # Running

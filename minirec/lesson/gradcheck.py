@@ -133,11 +133,8 @@ def identically_zero(config, name):
     b_k adds the same to all scores of a row, which softmax ignores; the fixed weightings use
     neither queries nor keys.
     """
-    if not name.startswith("blocks."):
-        return False
-    _, block, *rest = name.split(".")
-    unused = ("b_k",) if config.weightings[int(block)] == "softmax" else ("w_q", "b_q", "w_k", "b_k")
-    return rest[-1] in unused
+    unused = {"softmax": ("b_k",)} | dict.fromkeys(attention.FIXED, ("w_q", "b_q", "w_k", "b_k"))
+    return name in [f"blocks.{i}.attention.{n}" for i, w in enumerate(config.weightings) for n in unused[w]]
 
 
 def gradients(parameters, config, sequences, names=None):

@@ -64,6 +64,14 @@ def coloured(source):
     return out
 
 
+def line_of_code(place, n, code):
+    """Return line n of a module as HTML, with room for its values; place: by what the page links to it."""
+    indent = len(code) - len(code.lstrip())
+    number = f'<a href="#{place}" tabindex="-1" aria-hidden="true">{n}</a>'
+    shown = f'{number}<code>{code}</code><span class="values"></span>'
+    return f'<div class="line" id="{place}" style="--indent: {indent}">{shown}</div>'
+
+
 def chapter(module):
     """Return a module as HTML: each of its parts with its text on the left and its code on the right."""
     source, name = inspect.getsource(module), module.__name__.removeprefix("minirec.")
@@ -80,21 +88,15 @@ def chapter(module):
         unit = node if isinstance(node, (ast.FunctionDef, ast.ClassDef)) else None  # imports and constants: together
         units |= dict.fromkeys(range(above.end_lineno + 1, node.end_lineno + 1), unit)
     for unit, numbers in itertools.groupby(sorted(units), units.get):
-        rows, says = [[f"<h3>{unit.name}</h3>" if unit else "", ""]], []
-        for n in numbers:
-            line = lines[n - 1]
-            if n in words:
-                says.append(words[n])
-            elif line.strip():
-                if says and rows[-1][1] and not rows[-1][0].endswith("</h3>"):
-                    rows.append(["", ""])
-                rows[-1][0] += prose("\n".join(says))
-                says, indent = [], len(line) - len(line.lstrip())
-                rows[-1][1] += (
-                    f'<div class="line" id="{name}-{n}" style="--indent: {indent}"><a href="#{name}-{n}" tabindex="-1" '
-                    f'aria-hidden="true">{n}</a><code>{code[n - 1]}</code><span class="values"></span></div>'
-                )
-        rows[-1][0] += prose("\n".join(says))
+        rows = [[f"<h3>{unit.name}</h3>" if unit else "", ""]]
+        written = (n for n in numbers if n in words or lines[n - 1].strip())
+        for told, group in itertools.groupby(written, words.__contains__):
+            if told and rows[-1][1] and not rows[-1][0].endswith("</h3>"):
+                rows.append(["", ""])
+            if told:
+                rows[-1][0] += prose("\n".join(words[n] for n in group))
+            else:
+                rows[-1][1] += "".join(line_of_code(f"{name}-{n}", n, code[n - 1]) for n in group)
         if unit and unit.name in solved:
             command = f"python cli.py exercise {solved[unit.name]}"
             rows[-1][0] += f'<p class="try">Write it yourself: <code>{command}</code></p>'

@@ -136,7 +136,7 @@ def empty_like(array):
 
 def record(run):
     """Run a function without arguments; return the Events, in order. Tracer and NumPy are put back as they were."""
-    calls, events, active, times = [], [], {}, Counter()
+    calls, events, active, times = [], [], [], Counter()
 
     def keep(call, line, name, value):
         events.append(Event(call, line, name, copy.deepcopy(value, {id(np): np})))  # but for xp, which is no value
@@ -145,17 +145,16 @@ def record(run):
         module, code = FILES.get(frame.f_code.co_filename), frame.f_code
         if module is None or code.co_name.startswith("<"):
             return None
-        above = frame.f_back
-        while above and above not in active:
-            above = above.f_back
         lines, running = statements(module), None
         start = min(line for line in lines if line >= code.co_firstlineno)  # past its mark @fused
-        place = module, code.co_qualname, start, active.get(above), above.f_lineno if above else 0
+        caller, line = (active[-1][0], active[-1][1].f_lineno) if active else (None, 0)
+        place = module, code.co_qualname, start, caller, line
         times[place] += 1
-        call = active[frame] = Call(*place, times[place], dict(frame.f_locals))
+        call = Call(*place, times[place], dict(frame.f_locals))
         if call.function.endswith("_backward"):
             call.forward = call.partner(calls)
         calls.append(call)
+        active.append((call, frame))
         for name, value in call.arguments.items():
             keep(call, start, name, value)
 
@@ -170,7 +169,7 @@ def record(run):
                     call.returned = value
                     if isinstance(running, ast.Return):
                         keep(call, running.lineno, "return", value)
-                    del active[frame]
+                    active.pop()
                 running = following
             return inside
 
