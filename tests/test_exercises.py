@@ -31,7 +31,7 @@ def test_our_solution_passes_and_the_empty_file_asks_for_work(name, tmp_path):
     text = exercises.text_of(name)
     right, says = judged(name, text, tmp_path)
     line = next(n for n, line in enumerate(text.splitlines(), 1) if "raise NotImplementedError" in line)
-    assert not right and f"line {line}: not written yet" in says and "hint: " in says
+    assert not right and f"line {line}: NotImplementedError: not written yet" in says and "hint: " in says
     assert exercises.source_of(name).splitlines()[-1] not in text
     assert max(map(len, text.splitlines())) <= 120
 

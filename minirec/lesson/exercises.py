@@ -194,10 +194,7 @@ def ours(exercise, old="", new=""):
 
 
 def source_of(name, **replaced):
-    """Return the source of an exercise's function and of what it uses, after the imports that these need.
-
-    It is our solution, but for `replaced`: source that stands in the place of a definition, by name.
-    """
+    """Return our function and what it uses as source, with their imports; replaced: other source for some names."""
     exercise = exercises()[name]
     module = MODULES[exercise.module]
     sources, names = definitions(module) | replaced, [exercise.function, *exercise.uses]
@@ -217,13 +214,12 @@ def text_of(name):
     exercise = exercises()[name]
     signature = f"def {exercise.function}{inspect.signature(ours(exercise))}:"
     words = textwrap.fill(f'"""{exercise.asks}', 100, initial_indent="    ", subsequent_indent="    ")
-    unwritten = f'{signature}\n{words}\n    """\n    raise NotImplementedError'
-    title = f"Exercise: write {exercise.function}. Is it right?"
-    command = f"python cli.py exercise {name} --check {name}.py"
-    return f'"""{title}\n\n    {command}\n"""\n\n{source_of(name, **{exercise.function: unwritten})}'
+    unwritten = f'{signature}\n{words}\n    """\n    raise NotImplementedError("not written yet")'
+    title = f"Exercise: write {exercise.function}. Is it right?\n\n    python cli.py exercise {name} --check {name}.py"
+    return f'"""{title}\n"""\n\n{source_of(name, **{exercise.function: unwritten})}'
 
 
-# Running
+# Running and judging
 
 
 class Fault(Exception):
@@ -235,13 +231,10 @@ def naming_its_line(path):
     """Turn whatever a student's file can raise, SystemExit included, into a Fault that says in which line of it."""
     try:
         yield
-    except Fault:
-        raise
     except BaseException as error:
         lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == path]
         line = lines[-1] if lines else getattr(error, "lineno", None)
-        says = " ".join(f"{type(error).__name__}: {error}".split())
-        says = "not written yet: NotImplementedError" if isinstance(error, NotImplementedError) else says
+        says = str(error) if isinstance(error, Fault) else " ".join(f"{type(error).__name__}: {error}".split())
         raise Fault(f"line {line}: {says}" if line else says) from None
 
 
@@ -276,9 +269,6 @@ def results(case, function):
         except (TypeError, ValueError):
             raise Fault(f"{name} is of type {type(found[name]).__name__}, where an array of numbers belongs") from None
     return values
-
-
-# Judging
 
 
 def off(got, wanted):
@@ -359,10 +349,7 @@ def wrong(exercise, case, name, got, wanted):
 
 
 def judge(name, path):
-    """Run a student's file; return whether its function is right, and lines that say so, as one text.
-
-    They go by Case, up to the first that is off. The first result that is off gets a hint.
-    """
+    """Run a student's file; return whether its function is right, and a text on all Cases up to one that is off."""
     exercise, cases, lines = exercises()[name], list(CASES[name]()), []
     case, namespace = cases[0], {"__name__": name}
     try:

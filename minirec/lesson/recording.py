@@ -98,7 +98,7 @@ class Call:
     start: int  # the line of its def
     caller: object  # the Call that it was made by
     line: int  # in which line of the caller
-    time: int  # the how manyth call that this line makes
+    time: int  # 1 for the first call of this function that the line makes, 2 for the second, ...
     arguments: dict = field(compare=False)
     returned: object = field(default=None, compare=False)
     forward: object = field(default=None, compare=False)  # the Call that this one is the backward of
@@ -162,8 +162,8 @@ def record(run):
             nonlocal running
             following = lines.get(frame.f_lineno) if event == "line" else None
             if event in ("line", "return") and following is not running:
-                done = running and (not isinstance(running, ast.For) or following is running.body[0])  # a loop may end
-                for target in targets(running) if done else ():
+                ended = isinstance(running, ast.For) and following is not running.body[0]  # and wrote no target
+                for target in targets(running) if running and not ended else ():
                     keep(call, running.lineno, *resolve(target, frame))
                 if event == "return":
                     call.returned = value
