@@ -46,12 +46,12 @@ def known_weightings():
 def fixed_weights(weighting, length, like):
     """Return A of a weighting of FIXED, [L, L]: the same for all sequences and heads.
 
-    Its upper left corner serves shorter sequences. `like`: an array of the library and dtype that A is to have.
+    Shorter sequences use its upper left corner. `like`: an array of the library and dtype that A is to have.
     """
     xp = get_array_module(like)
     position = xp.arange(length, dtype=like.dtype)
     i, j = position[:, None], position[None, :]
-    a = FIXED[weighting](i, xp.minimum(i, j)) * (j <= i)  # the future gets 0, and no formula has to hold there
+    a = FIXED[weighting](i, xp.minimum(i, j)) * (j <= i)  # no formula sees j > i; the future gets 0
     a = a.astype(like.dtype)
     return a / row_sum(a)
 
@@ -141,7 +141,8 @@ def attention_backward(d_mixed, caches, buckets, weighting):
            d_v = A'^T d_mixed        d_A' = d_mixed v^T        d_A = d_A' * M
        and d_s, r, d_q, d_k are as in 1.
 
-    3. As the code has it (Dao et al. 2022, FlashAttention). A * d_A = A * M * d_A' = A' * d_A', so M is not needed, and
+    3. In the form that the code uses (Dao et al. 2022, FlashAttention). A * d_A = A * M * d_A' = A' * d_A', so M is not
+       needed, and
            r = sum_j A'_j d_A'_j = sum_j A'_j (d_mixed . v_j) = d_mixed . sum_j A'_j v_j = d_mixed . mixed
        row by row: a sum over K numbers instead of L. With each row of A multiplied by its own r,
            d_s = A * d_A - A r = A' * d_A' - A (d_mixed . mixed)

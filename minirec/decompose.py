@@ -1,12 +1,12 @@
 """How much does attention mix positions? The norm-based decomposition, from the forward caches.
 
-Symbols: N tokens, D hidden size, H heads, K = D/H, L positions, B sequences of a bucket; the last m queries, n keys.
+Symbols: N tokens, D hidden size, H heads, K = D/H, L positions, B sequences of a bucket; m last queries, n keys.
 
 What block input x_j contributes to the attention output at i (Kobayashi et al. 2020, 2021):
 
     f_h(x_j) = (x_j W_v,h + b_v,h) W_o,h        F_ij = sum_h A_h[i,j] f_h(x_j)
 
-W_v,h [D, K] being head h's columns of W_v, and W_o,h [K, D] its rows of W_o. Attention is linear once A is known:
+where W_v,h [D, K] is head h's columns of W_v, and W_o,h [K, D] its rows of W_o. Attention is linear once A is known:
     o_i = concat_h(sum_j A_h[i,j] v_h[j]) W_o + b_o = sum_j F_ij + b_o, a sum over positions.
 
     ratio         parts                                keeps          mixes
@@ -33,7 +33,7 @@ from minirec.parameters import sub_dict
 RATIOS = ("attn", "attn_res", "attn_res_ln")
 HEATMAPS = ("attention", "contribution")
 RECENT = 15  # positions in a heatmap
-CHUNK = 2  # a chunk of work is so many micro-batches large: without a backward, larger ones keep threads busier
+CHUNK = 2  # micro-batches in a chunk of work: there is no backward, so larger chunks keep threads busier
 TINY = 1e-30  # keeps 0/0 at 0
 
 
@@ -87,7 +87,7 @@ def entropies(cache, buckets):
     for bucket, attention in zip(buckets, cache["attention"], strict=True):
         a = attention.weights
         plogp = (a * xp.log(xp.maximum(a, TINY))).sum(axis=-1)  # [B, H, L] or [L]; 0 log 0 is 0
-        entropy = plogp / possible[: bucket.length]  # both have a minus
+        entropy = plogp / possible[: bucket.length]  # possible is negative too, so this is positive
         from_heads(xp.broadcast_to(entropy, attention.v.shape[:3])[..., None], bucket, out)
     return out
 
@@ -98,7 +98,7 @@ def recent_weights(attention, m, n):
     return get_array_module(a).broadcast_to(a, (*attention.v.shape[:2], m, n))
 
 
-def corner(cache, p, bucket, attention, m, n):
+def recent_parts(cache, p, bucket, attention, m, n):
     """Return A [B, H, m, n], f_h(x_j) [B, H, n, D] and sigma_i [B, m, 1] of the last m queries i and n keys j.
 
     cache, p: as in keep_and_mix; bucket: a dense one; attention: its AttentionCache.
@@ -112,12 +112,12 @@ def corner(cache, p, bucket, attention, m, n):
 def contribution_norms(cache, p, bucket, attention, m, n):
     """Return |g_i(F_ij + delta_ij x_i)| of one block, [B, m, n]: of the last m queries i and n keys j.
 
-    Arguments as in corner, m <= n. F [B, m, n, D] is built as it is defined, so it should be small.
+    Arguments as in recent_parts, m <= n. F [B, m, n, D] is built as it is defined, so it should be small.
     """
-    a, f, sigma = corner(cache, p, bucket, attention, m, n)
+    a, f, sigma = recent_parts(cache, p, bucket, attention, m, n)
     parts = sum(a[:, h, :, :, None] * f[:, h, None] for h in range(a.shape[1]))  # F_ij, [B, m, n, D]
     x = cache["x"][bucket.start : bucket.stop].reshape(bucket.count, bucket.length, -1)
-    parts.reshape(bucket.count, m * n, -1)[:, n - m :: n + 1] += x[:, -m:]  # row i's entry j = n - m + i: position i
+    parts.reshape(bucket.count, m * n, -1)[:, n - m :: n + 1] += x[:, -m:]  # x_i where the key is the query itself
     return norms(centred(parts, p["attention_norm.gamma"])) / sigma
 
 
@@ -126,7 +126,7 @@ def head_norms(cache, p, bucket, attention, m, n):
 
     The residual x_i belongs to no head and is left out. A_h[i,j] is a number, so it can be taken out of the norm.
     """
-    a, f, sigma = corner(cache, p, bucket, attention, m, n)
+    a, f, sigma = recent_parts(cache, p, bucket, attention, m, n)
     return a * norms(centred(f, p["attention_norm.gamma"]))[:, :, None] / sigma[:, None]
 
 
@@ -199,7 +199,7 @@ def decompose(parameters, config, sequences, run=map, progress=None):
                 block[name] += maps[name]
         if progress:
             progress(len(tokens))
-    # How many sequences reach back to each cell; keys after the query are no cells at all.
+    # How many sequences reach back to each cell; a cell above the diagonal, a key after its query, counts 0.
     reach = np.array([(lengths >= RECENT - i).sum() for i in range(RECENT)])
     counts = np.where(np.tri(RECENT, dtype=bool), reach[None, :], 0)
     for block in blocks:

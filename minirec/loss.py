@@ -2,7 +2,7 @@
 
 Symbols: N tokens, D hidden size, V items, n negatives, c rows of a chunk. The logits [N, V] would be by far the
 largest array of a step. They are made in chunks of a few rows that stay in the processor's cache, used for loss and
-gradient at once, and overwritten. The whole [N, V] never exists. Where even V logits a token are too many (a
+gradient at once, and overwritten. The whole [N, V] never exists. If even V logits per token are too many (a
 million items), the two sampled losses look at a few items only.
 """
 
@@ -18,7 +18,7 @@ def cross_entropy(x, items, targets, scale, d_items):
     """Loss and gradient of softmax cross-entropy against the next item (no sampling).
 
     x [N, D] token representations, items [V, D] item embeddings (tied: logits = x items^T), targets [N] integers,
-    scale: the weight of each token's loss (1/N for a mean), which multiplies all that follows.
+    scale: the weight of each token's loss (1/N for a mean); it multiplies the loss and every gradient.
     Returns the loss (a 0-d array, on the device) and d_x [N, D]; adds to d_items [V, D].
 
     Take one token x with target t. Its logits are z = x items^T, and its probabilities p_v = exp z_v / sum_u exp z_u.
@@ -47,7 +47,7 @@ def cross_entropy(x, items, targets, scale, d_items):
         e = xp.exp(logits, out=logits)
         s = row_sum(e)  # [c, 1]
         loss += (xp.log(s[:, 0]) - logits_target).sum()
-        weight = e  # e - s onehot
+        weight = e  # becomes e - s onehot, in place
         weight[row, target] -= s[:, 0]
         scale_over_s = scale / s  # [c, 1]
         d_x[chunk] = weight @ items
@@ -65,8 +65,8 @@ def sampled_cross_entropy(x, items, targets, negatives, scale, d_items):
 
     This loss is biased: where the full sum has V - 1 terms beside the target's, s has about n, so the target looks
     more probable than it is. A draw is item v with probability 1/V, so adding log(V/n) to the negatives' logits would
-    make the expectation of s the full sum (Bengio and Senecal 2008); that of log s would still be off a little. It is
-    left out: the ranking of the items is what is wanted, not their probabilities.
+    make the expectation of s the full sum (Bengio and Senecal 2008). The expectation of log s would still be slightly
+    wrong. We leave it out, because we want the ranking of the items, not their probabilities.
     """
     xp = get_array_module(x)
     scale = float(scale)

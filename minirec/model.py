@@ -4,15 +4,15 @@ Symbols: N tokens (all positions of a batch, packed), D hidden size, H heads, K 
 item embedding, P [max_length, D] position embedding, W [D, D]. Position 0 is the oldest item kept.
 
     x      = LN(dropout(E[item] sqrt(D) + P[position]))
-    per block, post-LN (Kang and McAuley normalise what goes into a sub-layer instead):
+    per block, post-LN (Kang and McAuley normalise the input of each sub-layer instead: pre-LN):
       o    = attention(x W_q + b_q, x W_k + b_k, x W_v + b_v) W_o + b_o
       y    = LN(x + dropout(o))
       x    = LN(y + dropout(relu(dropout(y W_1 + b_1)) W_2 + b_2))
     logits = x E^T, loss = mean over all positions of cross-entropy against the next item
 
-E and P start with the same standard deviation, 0.02; sqrt(D) lets the item outweigh its position.
-The same in loops, one sequence at a time: plain.py. Parameters and gradients are mappings from dotted names to
-arrays. In training the arrays are views on one flat vector (`unflatten`), so that Adam, a sum over workers or a
+E and P start with the same standard deviation, 0.02; sqrt(D) makes the item's part larger than the position's.
+plain.py computes the same with loops, one sequence at a time. Parameters and gradients are mappings from dotted names
+to arrays. In training the arrays are views on one flat vector (`unflatten`), so that Adam, a sum over workers or a
 checkpoint is one operation. The functions here accept any mapping with those names.
 """
 
@@ -20,7 +20,7 @@ import math
 
 import numpy as np
 
-from minirec import kernels as kernels  # the twins of what is marked @fused
+from minirec import kernels as kernels  # the GPU versions of the functions marked @fused
 from minirec.attention import attention, attention_backward
 from minirec.backend import get_array_module
 from minirec.errors import UserError
@@ -82,21 +82,21 @@ def block_backward(d_out, c, g, buckets, weighting):
     that of o. Where a value goes two ways (x into attention and residual, y into FFN and residual), its gradient is
     the sum of what comes back, hence each +=.
     """
-    # 5. of y + f, so of y (by the residual) and of f
+    # 5. the gradient of y + f, which is also that of y (through the residual) and of f
     d_y = layer_norm_backward(d_out, c["ffn_norm"], g["ffn_norm.gamma"], g["ffn_norm.beta"])
-    # 4. of f back to y
+    # 4. from f back to y
     d_f = dropout_backward(d_y, c["ffn_2_dropout"])
     d_f = linear_backward(d_f, c["ffn_2"], g["ffn.w_2"], g["ffn.b_2"])
     d_f = relu_backward(d_f, c["relu"])
     d_f = dropout_backward(d_f, c["ffn_1_dropout"])
     d_y += linear_backward(d_f, c["ffn_1"], g["ffn.w_1"], g["ffn.b_1"])
-    # 3. of x + o, so of x (by the residual) and of o
+    # 3. the gradient of x + o, which is also that of x (through the residual) and of o
     d_x = layer_norm_backward(d_y, c["attention_norm"], g["attention_norm.gamma"], g["attention_norm.beta"])
     d_o = dropout_backward(d_x, c["o_dropout"])
-    # 2. of o back to q, k, v
+    # 2. from o back to q, k, v
     d_mixed = linear_backward(d_o, c["o"], g["attention.w_o"], g["attention.b_o"])
     d_q, d_k, d_v = attention_backward(d_mixed, c["attention"], buckets, weighting)
-    # 1. of q, k, v back to x
+    # 1. from q, k, v back to x
     d_x += linear_backward(d_v, c["v"], g["attention.w_v"], g["attention.b_v"])
     if weighting == "softmax":
         d_x += linear_backward(d_k, c["k"], g["attention.w_k"], g["attention.b_k"])
@@ -144,12 +144,12 @@ def add_gradients(parameters, config, batch, scale, gradients, rng=None, loss="c
     """Forward, loss and backward of one packed batch with targets.
 
     loss: one of LOSSES; all but "ce" need batch.negatives. Adds to `gradients`; returns `scale` times
-    the summed loss of the batch's tokens, as a 0-d array on the device. With scale = 1/N, N counting
-    the tokens of all micro-batches of a step, their losses and gradients sum to those of the mean.
+    the summed loss of the batch's tokens, as a 0-d array on the device. If scale is 1/N, with N the number of
+    tokens of all micro-batches of a step, their losses and gradients add up to those of the mean.
     """
     x, cache = forward(parameters, config, batch, rng)
-    # E serves twice. Let O [N, V] hold the one-hot rows of the items. The input is h = sqrt(D) O E + P[position], the
-    # output logits = x E^T, so
+    # E is used twice, at the input and at the output. Let O [N, V] hold the one-hot rows of the items. The input is
+    # h = sqrt(D) O E + P[position], the output logits = x E^T, so
     #     dLoss/dE = sqrt(D) O^T d_h  (input: added by backward)  +  d_logits^T x  (output: added by the loss)
     items, d_items = parameters["item_embedding"], gradients["item_embedding"]
     if loss == "ce":

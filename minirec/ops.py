@@ -1,8 +1,8 @@
 """Forward and backward of the token-wise operations: embedding, linear, relu, dropout, layer norm.
 
 Symbols: N tokens (all positions of a batch, packed, no padding), D hidden size, V items; M columns of a result.
-y = f(x) is computed forwards; backwards, d_y stands for dLoss/dy, an array of y's shape.
-In derivations [i = j], also delta_ij, is 1 where i = j and else 0.
+The forward computes y = f(x). In the backward, d_y means dLoss/dy; it has y's shape.
+In derivations [i = j], also delta_ij, is 1 if i = j, otherwise 0.
 
 Each f(...) returns (out, cache), and f_backward(d_out, cache, ...), right below it, returns d_x (that of embedding
 returns nothing: an index has no gradient). `xp` is NumPy, or CuPy on a GPU (backend.py). Gradients of
@@ -80,7 +80,7 @@ def relu_backward(d_out, out):
 
 @fused
 def dropout_mask(shape, rate, rng, like):
-    """Draw a mask that is 0 with probability `rate` (to 1/65536) and otherwise a constant, such that its mean is 1.
+    """Draw a mask that is 0 with probability `rate` (rounded to n/65536), otherwise a constant; its mean is 1.
 
     Library (NumPy or CuPy) and dtype are those of the array `like`. The draws do not depend on the dtype, so that
     checks in float64 see the masks of training in float32. Returns None where nothing is dropped (rng None or rate 0).
@@ -88,7 +88,7 @@ def dropout_mask(shape, rate, rng, like):
     if rng is None or rate == 0:
         return None
     xp = get_array_module(like)
-    threshold = min(round(rate * 65536), 65535)  # 16 random bits an entry: a third of the time of a random float
+    threshold = min(round(rate * 65536), 65535)  # 16 random bits take a third of the time of a random float
     keep = random_uint16(rng, math.prod(shape), xp).reshape(shape) >= threshold
     return xp.multiply(keep, 65536 / (65536 - threshold), dtype=like.dtype)
 
@@ -126,7 +126,7 @@ def layer_norm(x, gamma, beta):
     xp = get_array_module(x)
     centred = x - row_mean(x)  # [N, D]
     sigma = xp.sqrt(row_mean(centred * centred) + LAYER_NORM_EPS)  # [N, 1]
-    normed = centred
+    normed = centred  # in place: centred itself is not needed any more
     normed /= sigma
     out = normed * gamma
     out += beta
@@ -145,8 +145,8 @@ def layer_norm_backward(d_out, cache, d_gamma, d_beta):
         dn_i/dx_k = (delta_ik - 1/D)/s - (x_i - m)/s^2 * n_k/D
                   = (delta_ik - 1/D - n_i n_k / D) / s
         d_x_k = sum_i e_i dn_i/dx_k = (e_k - mean(e) - n_k mean(e n)) / s
-    In words: e minus its mean, minus its part along n, all divided by s. These two parts vanish because n does not
-    change when a row is shifted or stretched (but for eps). gamma and beta serve all rows, so
+    In words: e minus its mean, minus its part along n, all divided by s. These two parts of e are lost, because n does
+    not change when a row is shifted or stretched (except through eps). gamma and beta serve all rows, so
         d_gamma = sum over rows of d_out n        d_beta = sum over rows of d_out
     """
     normed, sigma, gamma = cache

@@ -34,9 +34,9 @@ class Plan(NamedTuple):
 
     gradient_buffers: int  # gradient vectors that may be filled at the same time
     micro_batch_tokens: int  # about so many tokens go through the model at a time
-    bucket_scores: int | None  # a micro-batch of more padded scores gets 3 buckets, else 1; None: one for each length
-    loss_bytes: int  # a chunk of logits is made as large as this, or of
-    loss_rows: int  # so many rows, whichever is more
+    bucket_scores: int | None  # with more padded scores, a micro-batch gets 3 buckets, else 1; None: one a length
+    loss_bytes: int  # a chunk of logits has so many bytes,
+    loss_rows: int  # or so many rows, whichever is more (within LARGEST_CHUNK)
 
 
 CPU_PLAN = Plan(gradient_buffers=4, micro_batch_tokens=1000, bucket_scores=None, loss_bytes=4 << 20, loss_rows=128)
@@ -53,7 +53,7 @@ def chunk_rows(xp, n_columns, itemsize):
     """Return how many rows of [rows, n_columns] logits or scores, of itemsize bytes a number, to make at a time.
 
     A small chunk stays in the cache. But every chunk reads the embeddings of all items, and the loss adds to the
-    gradients of all, so where items are many, more rows have to share this.
+    gradients of all. With many items, a chunk needs more rows to share this cost.
     """
     row_bytes, p = n_columns * itemsize, plan(xp)
     return max(16, p.loss_bytes // row_bytes, min(p.loss_rows, LARGEST_CHUNK // row_bytes))
@@ -144,8 +144,9 @@ def pack(flat, starts, lengths, xp=np, with_targets=True, negatives=None):
     order = np.argsort(lengths, kind="stable")
     starts, lengths = starts[order], lengths[order]
     rows = spans(starts, lengths)
-    most = plan(xp).bucket_scores  # of one head
-    n_buckets = most and (3 if len(lengths) * int(lengths[-1]) ** 2 > most else 1)
+    limit, n_buckets = plan(xp).bucket_scores, None
+    if limit is not None:
+        n_buckets = 3 if len(lengths) * int(lengths[-1]) ** 2 > limit else 1  # the scores of one head
     return Batch(
         items=to_device(flat[rows], xp),
         positions=to_device(spans(np.zeros_like(lengths), lengths), xp),
@@ -166,8 +167,8 @@ def check_items(flat, n_items):
 def pack_list(sequences, config, xp=np, with_targets=False):
     """Pack a list of 1-D integer arrays, the last max_length positions of each (see pack).
 
-    config: a model.Config. With targets, inputs are s[:-1] and targets s[1:], and sequences of one item have nothing
-    to learn. Raises UserError for an item outside 0..V-1, or where nothing is left to compute.
+    config: a model.Config. With targets, inputs are s[:-1] and targets s[1:], and sequences of one item are left out:
+    they have no target. Raises UserError for an item outside 0..V-1, or where nothing is left to compute.
     """
     fewest = 2 if with_targets else 1
     sequences = [np.asarray(s)[-(config.max_length + fewest - 1) :] for s in sequences if len(s) >= fewest]

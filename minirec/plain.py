@@ -2,7 +2,7 @@
 
 SASRec (Kang and McAuley 2018) reads a user's items, oldest first, and predicts at each position the item that comes
 next. Everything is here: forward, loss, backward, Adam, a training loop, an evaluation. The other files compute the
-same, faster, and derive the formulas that are only stated here. The tests hold them equal to this one.
+same thing faster. They also derive the formulas that this file only states. The tests hold them equal to this one.
 
 Symbols: L positions of one sequence, D hidden size, H heads, K = D/H, V items; LN layer norm; i a position that looks
 back, j <= i one that is looked at; d_y the gradient dLoss/dy, of y's shape. @ multiplies matrices, * entries.
@@ -15,9 +15,9 @@ back, j <= i one that is looked at; d_y the gradient dLoss/dy, of y's shape. @ m
            x     = LN(y + relu(y W_1 + b_1) W_2 + b_2)
     logits = x E^T                                          loss = -log softmax(logits)[next item]
 
-In training, dropout masks multiply A, o, both results of the feed-forward layers and the first x (`draw_masks`).
-Unlike in the original, LN comes after each sum, and the loss is over all items. The study puts a fixed matrix in the
-place of A (`attention_weights`) and leaves everything else as it is.
+In training, dropout masks multiply A, o, the outputs of both feed-forward layers, and the sum E[item] sqrt(D) +
+P[position] (`draw_masks`). Two things differ from the original: LN comes after each sum, and the loss is over all
+items. The study puts a fixed matrix in the place of A (`attention_weights`) and leaves everything else as it is.
 
     python -m minirec.plain         trains learned and uniform attention on a small dataset, on one core
 """
@@ -122,20 +122,20 @@ def block_backward(d_out, cache, p, g, name, n_heads, attn, masks):
     A sum passes its gradient on to both summands. What is used twice gets the sum of what comes back.
     """
     x, q, k, v, y, u = (cache[key] for key in ("x", "q", "k", "v", "y", "u"))
-    d_sum = layer_norm_backward(d_out, cache["norm_out"], p, g, f"{name}.ffn_norm")  # of y + f
+    d_sum = layer_norm_backward(d_out, cache["norm_out"], p, g, f"{name}.ffn_norm")  # the gradient of y + f
     d_f = d_sum * masks.get(f"{name}.ffn_2", 1)
     d_relu = linear_backward(d_f, np.maximum(u, 0), p, g, f"{name}.ffn", "2")
     d_u = d_relu * (u > 0) * masks.get(f"{name}.ffn_1", 1)
     d_y = d_sum + linear_backward(d_u, y, p, g, f"{name}.ffn", "1")
-    d_sum = layer_norm_backward(d_y, cache["norm_y"], p, g, f"{name}.attention_norm")  # of x + o
+    d_sum = layer_norm_backward(d_y, cache["norm_y"], p, g, f"{name}.attention_norm")  # the gradient of x + o
     d_o = d_sum * masks.get(f"{name}.o", 1)
     d_mixed = linear_backward(d_o, cache["mixed"], p, g, f"{name}.attention", "o")
     d_q, d_k, d_v = np.zeros_like(q), np.zeros_like(k), np.zeros_like(v)
     for h, c in enumerate(np.split(np.arange(x.shape[1]), n_heads)):
-        given = d_mixed[:, c], q[:, c], k[:, c], v[:, c], cache["a"][h], masks.get(f"{name}.attention.{h}", 1)
-        d_q[:, c], d_k[:, c], d_v[:, c] = attention_backward(attn, *given)
-    for d, n in zip((d_q, d_k, d_v), "qkv", strict=True):
-        d_sum = d_sum + linear_backward(d, x, p, g, f"{name}.attention", n)
+        head = d_mixed[:, c], q[:, c], k[:, c], v[:, c], cache["a"][h], masks.get(f"{name}.attention.{h}", 1)
+        d_q[:, c], d_k[:, c], d_v[:, c] = attention_backward(attn, *head)
+    for d_y, n in zip((d_q, d_k, d_v), "qkv", strict=True):
+        d_sum = d_sum + linear_backward(d_y, x, p, g, f"{name}.attention", n)
     return d_sum
 
 
@@ -167,7 +167,7 @@ def loss_and_gradients(sequences, p, n_heads, attn, masks=None):
     """Return the mean of -log(probability of the next item) over all positions of all sequences, and {name: gradient}.
 
     sequences: a list of integer arrays, oldest item first. Of each, the last max_length + 1 items count: inputs are
-    s[:-1] and targets s[1:] of these. masks: one dict a sequence (see forward).
+    s[:-1] and targets s[1:] of these. masks: one dict for each sequence (see forward).
     """
     items_table = p["item_embedding"]
     sequences = [latest(s, p, 1) for s in sequences]
@@ -184,13 +184,13 @@ def loss_and_gradients(sequences, p, n_heads, attn, masks=None):
         d_logits = probabilities  # dloss/dlogits = probabilities - onehot(target), derived in loss.py
         d_logits[row, targets] -= 1
         d_logits /= n_positions
-        g["item_embedding"] += d_logits.T @ x  # E as output; its gradient as input is added by backward (model.py)
+        g["item_embedding"] += d_logits.T @ x  # E at the output; backward adds E's gradient at the input
         backward(d_logits @ items_table, items, cache, p, g, n_heads, attn, mask)
     return loss, g
 
 
 def latest(s, p, more=0):
-    """Return the last max_length items of a sequence, and so many more."""
+    """Return the last max_length + more items of a sequence."""
     return s[-len(p["position_embedding"]) - more :]
 
 
@@ -212,7 +212,7 @@ def adam_step(p, g, m, v, step, lr=1e-3):
 
 
 def train(sequences, p, n_heads, attn, epochs=15, batch_size=32, rate=0.2, lr=3e-3, seed=0):
-    """Train p in place, with dropout of this rate; print a line an epoch."""
+    """Train p in place, with dropout of this rate; print a line after each epoch."""
     m, v = ({name: np.zeros_like(value) for name, value in p.items()} for _ in range(2))
     d = p["item_embedding"].shape[1]
     rng, step, began = np.random.default_rng(seed), 0, time.perf_counter()
@@ -244,16 +244,16 @@ def hit_rate(sequences, p, n_heads, attn, k=10):
 
 
 def main():
-    """Train learned and uniform attention on a dataset in which the next item follows from the item three back."""
+    """Train learned and uniform attention where the next item depends on the item three steps earlier."""
     from minirec.data.planted import household
 
     log = household()
     histories = [log.history(user) for user in range(len(log.users))]
     for attn in ("softmax", "uniform"):
         print(f"{attn} attention")
-        p, shape = init_parameters(len(log.items)), {"n_heads": 2, "attn": (attn, attn)}
-        train([h[:-2] for h in histories], p, **shape)  # the last two items are for validation and test
-        print(f"test HR@10 {hit_rate(histories, p, **shape):.3f}\n")
+        p, options = init_parameters(len(log.items)), {"n_heads": 2, "attn": (attn, attn)}
+        train([h[:-2] for h in histories], p, **options)  # the last two items are for validation and test
+        print(f"test HR@10 {hit_rate(histories, p, **options):.3f}\n")
 
 
 if __name__ == "__main__":
