@@ -27,18 +27,16 @@ from minirec.attention import known_weightings
 from minirec.data.describe import remarks_on_targets
 from minirec.data.log import Log, filter_log
 from minirec.data.split import training_windows
-from minirec.decompose import decompose
 from minirec.errors import UserError
 from minirec.packing import spans
 from minirec.studies import results
 from minirec.studies.results import describe_mixing, load_analysis, substitutions
 from minirec.studies.statistics import import_scipy
 from minirec.training import runs
-from minirec.training.fit import train
+from minirec.training.fit import load, train
 from minirec.training.mpi import launched_rank
-from minirec.training.parallel import PROCESSES, die_with_parent, usable_cores, worker_map
-from minirec.training.progress import best, finished
-from minirec.training.ranking import rank_targets
+from minirec.training.parallel import PROCESSES, die_with_parent, usable_cores
+from minirec.training.progress import finished
 from minirec.training.settings import LOG_OPTIONS, SIZES, TRAINING, Source, make_settings, model_config, picked
 
 DENSE = 0.02  # share of all user-item pairs; such logs take a dropout of 0.2, sparser ones of 0.5, as in the paper
@@ -93,10 +91,11 @@ def study(logs, weightings=None, seeds=3, folder=None, workers=None, read=None, 
     with contextlib.ExitStack() as stack:
         folder = Path(folder or stack.enter_context(tempfile.TemporaryDirectory()))
         files.make_folder(folder)
-        lock = None if launched_rank() else stack.enter_context(files.locked(folder))
+        if not launched_rank():  # the first rank holds it for all
+            stack.enter_context(files.locked(folder))
         jobs = grid(datasets.values(), weightings, seeds, folder)
         on_host = dataset.settings["training"]["backend"] == "numpy"
-        failures = run_what_is_left(jobs, (workers or usable_cores()) if on_host else 0, lock, say, show)
+        failures = run_what_is_left(jobs, (workers or usable_cores()) if on_host else 0, say, show)
         if failures is None:
             return None
         say("summing up")
@@ -144,17 +143,12 @@ def prepare(name, log, options, read, say):
     return Dataset(name, log, settings)
 
 
-def run_what_is_left(jobs, n_processes, lock, say, show):
+def run_what_is_left(jobs, n_processes, say, show):
     """Run what is not finished of a grid; return what failed, a line each (None on all ranks but the first one)."""
     left = [job for job in jobs if load_analysis(job) is None]
     if len(left) < len(jobs):
         say(f"{len(jobs) - len(left)} of {len(jobs)} runs are finished already")
-    began, ended, epochs, failures = time.perf_counter(), [], {}, []
-
-    def expected(job):
-        """Return how many interactions a run reads in all: early stopping ends most, as it ended those like it."""
-        alike = epochs.get((job.dataset.name, job.attn)) or sum(epochs.values(), []) or [1]
-        return np.mean(alike) * len(job.dataset.log.sequence)
+    began, ended, failures = time.perf_counter(), [], []
 
     def report(job, event, value):
         if event == "epoch":
@@ -162,18 +156,17 @@ def run_what_is_left(jobs, n_processes, lock, say, show):
                 show(f"run {len(ended) + 1} of {len(left)}: {job}: epoch {value['epoch']}")
             return
         ended.append(job)
-        if event == "failed":
+        if value is not None:
             failures.append(f"{job}: {value}")
             say(f"failed: {failures[-1]}")
             return
+        done, whole = (sum(len(job.dataset.log.sequence) for job in some) for some in (ended, left))
+        minutes = (time.perf_counter() - began) * (whole / done - 1) / 60
         n_epochs = load_analysis(job)[0]["epochs"]
-        epochs.setdefault((job.dataset.name, job.attn), []).append(n_epochs)
-        rest = sum(map(expected, left)) / sum(map(expected, ended)) - 1
-        minutes = (time.perf_counter() - began) * rest / 60
         say(f"run {len(ended)} of {len(left)}: {job}: {n_epochs} epochs; about {minutes:.0f} min left")
 
     if launched_rank() is None:
-        run_grid(left, n_processes, report, lock)
+        run_grid(left, n_processes, report)
     elif not run_grid_over_ranks(left, report):
         return None
     return failures
@@ -242,46 +235,39 @@ def grid(datasets, weightings, n_seeds, out):
 def execute(job, on_epoch=None, stop=None):
     """Train and analyse one run of the grid, going on where it was stopped; on_epoch, stop: see train.
 
-    Returns whether it came to its end.
+    Returns why it did not come to its end, None where it did.
     """
-    log, settings = job.dataset.log, job.settings()
-    with contextlib.suppress(OSError):  # one that does not count must not come to count as this run's
-        (job.folder / "analysis.json").unlink()
-    _, complete, _ = train(log, settings, job.folder, resume=True, on_epoch=on_epoch, stop=stop)
-    return complete and analyse(log, settings, job.folder, stop)
+    try:
+        with contextlib.suppress(OSError):  # one that does not count must not come to count as this run's
+            (job.folder / "analysis.json").unlink()
+        _, complete, _ = train(job.dataset.log, job.settings(), job.folder, True, on_epoch=on_epoch, stop=stop)
+        if not complete:
+            return "stopped"
+        analyse(job)
+    except (UserError, OSError) as error:
+        return str(error)
+    except MemoryError:
+        return "out of memory"
 
 
-def analyse(log, settings, folder, stop=None):
-    """Write ranks.npz and analysis.json of a finished run; return False where stop() ended it before.
+def analyse(job):
+    """Write ranks.npz and analysis.json of a finished run.
 
     ranks.npz: the ranks [M] of the test targets, by the run as it is ("test"), with the order of each history
     shuffled ("shuffled") and, for softmax, with uniform weights substituted ("uniform", and "uniform.I" in block I).
     """
-    config, xp = model_config(settings), backend.load(settings["training"]["backend"])
-    filter_seen = settings["training"]["filter_seen"]
+    log, settings = job.dataset.log, job.settings()
+    model = replace(load(job.folder, backend=settings["training"]["backend"]), read_log=lambda: log)
     test = runs.split_log(log, settings).test
-    shuffled = shuffle_histories(log.sequence, test, config.max_length, settings["training"]["seed"])
-    wanted = {"test": (config, log.sequence), "shuffled": (config, shuffled)}
-    if config.attn == "softmax":
-        for name, blocks in substitutions(config.n_blocks).items():
-            attn = tuple("uniform" if i in blocks else "softmax" for i in range(config.n_blocks))
-            wanted[name] = replace(config, attn=attn), log.sequence
-    with worker_map(1, xp) as run:
-        parameters = runs.load_parameters(folder, config, xp)
-        ranks = {}
-        for name, (changed, sequence) in wanted.items():
-            if stop and stop():
-                return False
-            ranks[name] = np.concatenate(list(rank_targets(parameters, changed, sequence, test, filter_seen, run)))
-        analysis = {}
-        if config.attn == "softmax":
-            histories = [log.sequence[a:b] for a, b in zip(test.starts, test.stops, strict=True)]
-            analysis |= describe_mixing(decompose(parameters, config, histories, run))
-    files.write_arrays(folder / "ranks.npz", ranks)
-    records = files.read_json_lines(folder / "metrics.jsonl")
-    analysis |= {"epochs": len(records), "best_epoch": best(records)["epoch"]}
-    files.write_json(folder / "analysis.json", analysis)
-    return True
+    shuffled = replace(log, sequence=shuffle_histories(log.sequence, test, model.config.max_length, job.seed))
+    models = {"test": model, "shuffled": replace(model, read_log=lambda: shuffled)}
+    analysis = {}
+    if job.attn == "softmax":
+        blocks_of = substitutions(model.config.n_blocks)
+        models |= {name: model.with_attention("uniform", blocks) for name, blocks in blocks_of.items()}
+        analysis |= describe_mixing(model.decompose(workers=1))
+    files.write_arrays(job.folder / "ranks.npz", {name: m.ranks(workers=1) for name, m in models.items()})
+    files.write_json(job.folder / "analysis.json", analysis | {"epochs": len(model.records)})
 
 
 def shuffle_histories(sequence, targets, max_length, seed):
@@ -308,22 +294,22 @@ def run_grid_over_ranks(jobs, report):
     with MPICommExecutor(MPI.COMM_WORLD, root=0) as executor:
         if executor is None:
             return False
-        running = {executor.submit(outcome, job): job for job in jobs}
+        running = {executor.submit(execute, job): job for job in jobs}
         for future in as_completed(running):
-            report(running[future], *future.result())
+            report(running[future], "ended", future.result())
     return True
 
 
-def run_grid(jobs, n_processes, report, lock=None):
+def run_grid(jobs, n_processes, report):
     """Execute jobs, n_processes at a time, each in a process with one worker.
 
-    Calls report(job, "epoch", record), report(job, "done", None) and report(job, "failed", message); a job that
-    fails does not stop the others. Interrupted, the processes end, to go on another time. n_processes 0: one job
-    after the other in this process, as on a GPU, where one is enough to feed the device. lock: as from files.locked.
+    Calls report(job, "epoch", record) and report(job, "ended", what execute returned); a job that fails does not stop
+    the others. Interrupted, the processes end, to go on another time. n_processes 0: one job after the other in this
+    process, as on a GPU, where one is enough to feed the device.
     """
     if n_processes == 0:
         for job in jobs:
-            report(job, *outcome(job, lambda record, job=job: report(job, "epoch", record)))
+            report(job, "ended", execute(job, lambda record, job=job: report(job, "epoch", record)))
         return
     waiting, running = deque(jobs), {}
     try:
@@ -331,7 +317,7 @@ def run_grid(jobs, n_processes, report, lock=None):
             while waiting and len(running) < n_processes:
                 job = waiting.popleft()
                 ours, theirs = PROCESSES.Pipe(duplex=False)
-                process = PROCESSES.Process(target=_run_job, args=(theirs, job, os.getpid(), lock))
+                process = PROCESSES.Process(target=_run_job, args=(theirs, job, os.getpid()))
                 process.start()
                 theirs.close()
                 running[ours] = job, process
@@ -340,8 +326,8 @@ def run_grid(jobs, n_processes, report, lock=None):
                 try:
                     event, value = connection.recv()
                 except EOFError:
-                    event, value = "failed", "its process died (out of memory?)"
-                if event != "epoch":
+                    event, value = "ended", "its process died (out of memory?)"
+                if event == "ended":
                     process.join()
                     connection.close()
                     del running[connection]
@@ -353,24 +339,11 @@ def run_grid(jobs, n_processes, report, lock=None):
             connection.close()
 
 
-def _run_job(connection, job, parent, lock):
-    """The process of one job: send what happens to the parent; end when that is gone, and hold no lock of its."""
-    if lock is not None and PROCESSES.get_start_method() == "fork":
-        os.close(lock)
+def _run_job(connection, job, parent):
+    """The process of one job: send what happens to the parent, and end when that is gone."""
     die_with_parent()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent to handle,
     signal.signal(signal.SIGTERM, signal.SIG_DFL)  # which then ends its runs with this
     np.seterr(all="ignore")  # a loss that is not finite is found, and named, at the end of an epoch
-    connection.send(
-        outcome(job, lambda record: connection.send(("epoch", record)), stop=lambda: os.getppid() != parent)
-    )
-
-
-def outcome(job, on_epoch=None, stop=None):
-    """Execute a job; return ("done", None) or ("failed", why)."""
-    try:
-        return ("done", None) if execute(job, on_epoch, stop) else ("failed", "stopped")
-    except (UserError, OSError) as error:
-        return "failed", str(error)
-    except MemoryError:
-        return "failed", "out of memory"
+    failure = execute(job, lambda record: connection.send(("epoch", record)), stop=lambda: os.getppid() != parent)
+    connection.send(("ended", failure))
