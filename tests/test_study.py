@@ -217,7 +217,7 @@ def test_wrong_input_is_refused_in_one_line(log_path, tmp_path):
     short = log_path.parent / "short.txt"
     short.write_text("a x y z\nb z y x\n")
     for arguments, status, words in (
-        (("--attn", "uniform"), 2, "--attn must name both"),
+        (("--attn", "average"), 2, "'average' is not one of"),
         (("--data", log_path, "--data", log_path), 1, "two logs are called small"),
         (("--split", "temporal"), 1, "chain: the log has no timestamps"),
         (("--data", log_path, "--k-core", 99), 1, "--k-core 99 leaves no interaction"),
@@ -762,15 +762,15 @@ def test_a_study_from_python_returns_what_it_writes(rng, tmp_path):
     assert grid.study({"mine": log}, show=shown.append, **options) == found  # a folder of its own
     assert len(shown) == 4 and shown[3] == "run 4 of 4: mine uniform seed 1: epoch 1"
     (tmp_path / "mine.txt").write_text("".join(f"u{u} a b c d\n" for u in range(9)))
-    (result,) = grid.study([tmp_path / "mine.txt"], **options).values()
+    (result,) = grid.study([tmp_path / "mine.txt"], **options | {"weightings": ["uniform"]}).values()
+    assert list(result["metrics"]) == ["softmax", "uniform"]  # a study always compares them
     assert result["test_users"] == 9 and result["verdict"].startswith("mine: ")
 
 
 def test_what_a_study_cannot_take_is_refused(tmp_path):
     log = log_of([[0, 1, 2, 3]] * 3)
     for arguments, words in (
-        ({"weightings": ["softmax"]}, "compares softmax with uniform"),
-        ({"weightings": ["softmax", "uniform", "other"]}, "compares softmax with uniform"),
+        ({"weightings": ["softmax", "uniform", "other"]}, "no weighting is called other: choose from softmax, uniform"),
         ({"learning": 3}, "a study takes no learning"),
         ({"k_core": 9}, "k-core 9"),
     ):

@@ -17,7 +17,9 @@ from minirec.training import runs
 @click.command(cls=Command)
 @click.option("--data", metavar="FILE", multiple=True, help="A log; may be repeated [default: the embedded datasets].")
 @options.log
-@click.option("--attn", type=options.WEIGHTING, multiple=True, help="A weighting; may be repeated [default: all].")
+@click.option(
+    "--attn", type=options.WEIGHTING, multiple=True, help="A weighting beside softmax and uniform [default: all]."
+)
 @click.option("--seeds", type=click.IntRange(1, 1000), default=3, help="Runs of each weighting.")
 @click.option("--epochs", type=options.COUNT, help="The most epochs of a run [default: 200; embedded datasets 60].")
 @click.option(
@@ -46,8 +48,6 @@ def study(data, attn, out, figures, as_json, **chosen):
 
     Open MPI starts more processes than there are cores only with mpiexec --oversubscribe.
     """
-    if attn and not {"softmax", "uniform"} <= set(attn):
-        raise click.UsageError("a study compares softmax with uniform: --attn must name both.")
     for name in () if data else planted.DATASETS:
         if not runs.is_planted(name):
             raise UserError(f"{name} is a file here: study it with --data {name}, or the embedded {name} elsewhere")

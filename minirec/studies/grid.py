@@ -64,20 +64,21 @@ def print_line(line):
 def study(logs, weightings=None, seeds=3, folder=None, workers=None, read=None, say=print_line, show=None, **options):
     """Train all weightings on all logs with the same seeds; return what they show.
 
-    logs: {name: Log}, or a list of paths and of names of planted logs, or a single log; weightings: their names,
-    softmax and uniform among them (None: all); folder: where the runs, study.json and study.csv go, and where a study
-    that was stopped goes on (None: a temporary one); workers: runs at a time (None: all usable cores). options: those
-    of fit, format and columns; max_length and dropout follow the log where they are not given, and the planted logs
-    train faster. read(source): how a file becomes a Log (None: runs.load_log); say(line): called with what was decided
-    and done (None: in silence); show(text): with where it is, after each epoch.
+    logs: {name: Log}, or a list of paths and of names of planted logs, or a single log; weightings: their names, beside
+    softmax and uniform, which a study always compares (None: all); folder: where the runs, study.json and study.csv go,
+    and where a study that was stopped goes on (None: a temporary one); workers: runs at a time (None: all usable
+    cores). options: those of fit, format and columns; max_length and dropout follow the log where they are not given,
+    and the planted logs train faster.
+    read(source): how a file becomes a Log (None: runs.load_log); say(line): called with what was decided and done
+    (None: in silence); show(text): with where it is, after each epoch.
     Returns {name: results}, as study.json holds them: "verdict", "regime", "confident", "caveats", ...; None on all
     ranks of mpiexec but the first one. Raises UserError where a log cannot be studied, or no run comes to its end.
     """
     import_scipy()  # or say now, not after the runs, that it is missing
     say, read = say or (lambda line: None), read or runs.load_log
-    weightings = tuple(dict.fromkeys(weightings or known_weightings()))
-    if not {"softmax", "uniform"} <= set(weightings) <= set(known_weightings()):
-        raise UserError(f"a study compares softmax with uniform, of {', '.join(known_weightings())}; not {weightings}")
+    weightings = list(dict.fromkeys(["softmax", "uniform", *(weightings or known_weightings())]))
+    if unknown := set(weightings) - set(known_weightings()):
+        raise UserError(f"no weighting is called {', '.join(unknown)}: choose from {', '.join(known_weightings())}")
     if unknown := set(options) - OPTIONS:
         raise UserError(f"a study takes no {', '.join(sorted(unknown))}")
     if isinstance(logs, (Log, str, os.PathLike)):
