@@ -21,7 +21,6 @@ import numpy as np
 from minirec.errors import UserError
 
 LARGEST_JSON = 1 << 26  # bytes
-LONGEST_LINE = 1 << 16  # bytes
 LONGEST_NAME = 60  # characters that a message shows of a name, or a folder's name holds of a log's
 FEW = 3  # names that a message shows of many
 
@@ -157,20 +156,6 @@ def opened_by_name(path, hint=""):
             raise UserError(f"{path}: not a regular file; save it as one")
         with open(path, "rb") as file:
             yield file
-
-
-def read_lines(path):
-    """Yield the lines, without what ends them, of a text file that a person named; a pipe will do. Raises UserError."""
-    with naming(path, "cannot be read"), open(path, "rb") as file:
-        number = 0
-        while line := file.readline(LONGEST_LINE):
-            number += 1
-            if len(line) == LONGEST_LINE:
-                raise UserError(f"{path}, line {number}: {LONGEST_LINE:,} bytes or more: is this a text file?")
-            try:
-                yield line.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r\n")
-            except UnicodeDecodeError:
-                raise UserError(f"{path}, line {number}: not UTF-8 text") from None
 
 
 def read_json(path, largest=LARGEST_JSON, parse=json.loads):

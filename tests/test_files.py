@@ -157,28 +157,6 @@ def test_a_full_disk_leaves_the_old_file_and_nothing_else(tmp_path):
     assert json.loads((tmp_path / "x").read_text()) == [1] and os.listdir(tmp_path) == ["x"]
 
 
-def test_lines_are_read_one_by_one_whatever_ends_them(tmp_path):
-    (tmp_path / "x").write_bytes(b"\xef\xbb\xbfa b\r\n\n \xc3\xa9\n" + b"z" * 70 + b"\nlast")
-    assert list(files.read_lines(tmp_path / "x")) == ["a b", "", " é", "z" * 70, "last"]
-    lines = files.read_lines(tmp_path / "x")
-    assert next(lines) == "a b"
-
-
-LINES_REFUSED = {
-    "no file": (lambda path: None, "cannot be read .No such file"),
-    "a folder": (lambda path: path.mkdir(), "cannot be read"),
-    "no text": (lambda path: path.write_bytes(b"a\n\xff\n"), "line 2: not UTF-8 text"),
-    "a line without an end": (lambda path: path.symlink_to("/dev/zero"), "line 1: 65,536 bytes or more"),
-}
-
-
-@pytest.mark.parametrize("put, message", LINES_REFUSED.values(), ids=LINES_REFUSED)
-def test_what_are_no_lines_of_text_is_named(tmp_path, put, message):
-    put(tmp_path / "x")
-    with pytest.raises(UserError, match=f"x.*{message}"):
-        list(files.read_lines(tmp_path / "x"))
-
-
 @pytest.mark.skipif(not os.path.exists("/dev/fd"), reason="names open files")
 def test_what_fill_returns_comes_back_from_a_file_and_from_what_is_none(tmp_path):
     assert files.write(tmp_path / "x", lambda file: file.write(b"12")) == 2

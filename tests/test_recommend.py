@@ -145,22 +145,6 @@ def test_an_export_is_the_same_bytes_for_any_number_of_workers(run, small_chunks
     assert len({path.read_bytes() for path in tmp_path.iterdir()}) == 1
 
 
-def test_the_users_that_a_file_names_are_written_in_its_order(run, small_chunks, tmp_path):
-    wanted = [f"u{u}" for u in (70, 3, 3, 55, *range(20, 40))]
-    (tmp_path / "names").write_bytes(b"\xef\xbb\xbf" + "\r\n".join(["nobody", *wanted, "", ' "u9" ']).encode())
-    arguments = ("recommend", run, "--users", tmp_path / "names", "--out", tmp_path / "some.csv", "--json")
-    result = call(*arguments)
-    found = exported(tmp_path / "some.csv")
-    assert list(found) == [*dict.fromkeys(wanted), "u9"]
-    assert last_json(result) == {"out": str(tmp_path / "some.csv"), "users": len(found), "left_out": 1}
-    assert "1 names are no users" in result.stderr and "'nobody'" in result.stderr
-    assert "1 of 26 lines name a user again" in result.stderr
-    call("recommend", run, "--all", "--out", tmp_path / "all.csv")
-    everyone = exported(tmp_path / "all.csv")
-    for user, listed in found.items():
-        assert_same_lists(listed, everyone[user])
-
-
 @pytest.mark.parametrize("n", [1, 2])
 def test_histories_are_read_no_further_than_the_ranking_has_come(n, small_chunks):
     config = model.Config(n_items=40, hidden_size=8)
@@ -203,9 +187,6 @@ def test_names_that_csv_must_quote_or_that_look_like_options_come_back(train, tm
     call("recommend", run, "--all", "--out", tmp_path / "all.csv")
     found = exported(tmp_path / "all.csv")
     assert list(found) == ODD_NAMES
-    (tmp_path / "names").write_text("".join(f"{user}\n" for user in reversed(ODD_NAMES)))
-    call("recommend", run, "--users", tmp_path / "names", "--out", tmp_path / "some.csv")
-    assert list(exported(tmp_path / "some.csv")) == ODD_NAMES[::-1]
     for user in ODD_NAMES:
         assert_same_lists(found[user], alone(run, "--user", user))
 
@@ -374,10 +355,6 @@ def test_recommending_from_another_log_is_recommending_from_what_is_known_of_it(
     for user in nothing[:2]:
         message = call(*arguments, "--user", user, status=1).stderr.splitlines()[-1]
         assert f"nothing to recommend to user {user!r}" in message
-    (tmp_path / "names").write_text("".join(f"{user}\n" for user in [*nothing, *list(found)[:4], "nobody"]))
-    result = call(*arguments, "--users", tmp_path / "names", "--out", tmp_path / "some.csv", "--json")
-    assert list(exported(tmp_path / "some.csv")) == list(found)[:4]
-    assert last_json(result)["left_out"] == len(nothing) + 1
 
 
 def test_a_log_too_short_to_split_can_be_recommended_from_but_not_evaluated(run, tmp_path):
@@ -449,20 +426,14 @@ def test_renumbering_keeps_what_the_list_names_and_says_where_it_went(sequences,
 
 MISTAKES = {
     "no known item": (["--data", "FOREIGN", "--all", "--out", "x.csv"], 1, "knows none of its 4 items, such as 'zz'"),
-    "unknown users alone": (["--users", "strangers", "--out", "x.csv"], 1, "none of its names is a user"),
-    "users in no file": (["--users", "nowhere", "--out", "x.csv"], 1, "nowhere: cannot be read"),
-    "users in a folder": (["--users", ".", "--out", "x.csv"], 1, ".: cannot be read"),
-    "no users in the file": (["--users", "blank", "--out", "x.csv"], 1, "blank: names no user"),
-    "users in Latin-1": (["--users", "latin", "--out", "x.csv"], 1, "latin, line 2: not UTF-8 text"),
-    "users without a file": (["--users", "strangers"], 2, "need --out"),
-    "a file without users": (["--user", "u1", "--out", "x.csv"], 2, "needs one of them"),
+    "all users without a file": (["--all"], 2, "needs --out FILE.csv"),
+    "a file without users": (["--user", "u1", "--out", "x.csv"], 2, "--out needs --all"),
     "out in no folder": (["--all", "--out", "no/x.csv"], 1, "no/x.csv: cannot be written"),
     "out is a folder": (["--all", "--out", "."], 2, "is a directory"),
     "a full disk": (["--all", "--out", "/dev/full"], 1, "/dev/full: cannot be written"),
     "out is the log": (["--data", "FOREIGN", "--all", "--out", "FOREIGN"], 1, "is read from"),
-    "out is the list of users": (["--users", "strangers", "--out", "strangers"], 1, "is read from"),
     "a log for a history": (["--data", "FOREIGN", "--history", "i1"], 2, "--history needs none"),
-    "two selections": (["--user", "u1", "--users", "strangers", "--out", "x.csv"], 2, "choose one"),
+    "two selections": (["--user", "u1", "--all", "--out", "x.csv"], 2, "choose one"),
     "a table as JSON": (["--user", "u1", "--explain", "--json"], 2, "--explain"),
     "a user without a name": (["--user", ""], 1, "no user ''"),
     "a history beyond reading": (
@@ -479,9 +450,6 @@ MISTAKES = {
 def test_mistakes_end_in_one_line_and_write_nothing(run, tmp_path, monkeypatch, arguments, status, message):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "FOREIGN").write_text("a zz yy xx\nb zz yy ww\n")
-    (tmp_path / "strangers").write_text("nobody\nnix\n")
-    (tmp_path / "blank").write_text("\n \n")
-    (tmp_path / "latin").write_bytes(b"u1\n\xe9\n")
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     result = call("recommend", run, *arguments, status=status)
     assert message in result.stderr.splitlines()[-1] and result.stdout == ""

@@ -153,16 +153,15 @@ def _write_decomposition(folder, result):
 @options.any_data
 @click.option("--user", help="Recommend to this user of the log [default: its first user].")
 @click.option("--history", metavar="A,B,C", help="Recommend after these item ids, oldest first.")
-@click.option("--users", metavar="FILE", help="Recommend to the users named in a file, one a line; needs --out.")
 @click.option("--all", "everyone", is_flag=True, help="Recommend to all users of the log; needs --out.")
 @click.option("--top", type=options.COUNT, default=10, help="How many items to recommend.")
 @click.option("--explain", is_flag=True, help="Show how much each item of the history contributes.")
-@click.option("--out", type=options.FILE, help="The CSV file for --all or --users.")
+@click.option("--out", type=options.FILE, help="The CSV file for --all.")
 @options.filter_seen(None)
 @options.backend
 @options.workers
 @options.as_json
-def recommend(run, data, user, history, users, everyone, top, explain, out, filter_seen, backend, workers, as_json):
+def recommend(run, data, user, history, everyone, top, explain, out, filter_seen, backend, workers, as_json):
     """Which items does a model rank highest, and why?
 
     Users and histories are those of the log that the model was trained on, or those of another log with --data. Items
@@ -173,19 +172,18 @@ def recommend(run, data, user, history, users, everyone, top, explain, out, filt
     python cli.py recommend --all --out recommendations.csv
     python cli.py recommend --all --out recommendations.csv --data today.csv
     """
-    many = everyone or users is not None
-    if sum(choice is not None for choice in (user, history, users, everyone or None)) > 1:
-        raise click.UsageError("choose one of --user, --history, --users and --all.")
-    if many != bool(out):
-        raise click.UsageError("--all and --users need --out FILE.csv, and --out needs one of them.")
-    if explain and (many or as_json):
-        raise click.UsageError("--explain is a table of one history, not for --all, --users or --json.")
+    if sum(choice is not None for choice in (user, history, everyone or None)) > 1:
+        raise click.UsageError("choose one of --user, --history and --all.")
+    if everyone != bool(out):
+        raise click.UsageError("--all needs --out FILE.csv, and --out needs --all.")
+    if explain and (everyone or as_json):
+        raise click.UsageError("--explain is a table of one history, not for --all or --json.")
     if data and history is not None:
         raise click.UsageError("--data is for users of a log; --history needs none.")
     model = opened(run, "recommend", backend, data)
     filter_seen = filters_seen(model, filter_seen)
-    if many:
-        summary = _recommend_many(model, data, users, top, out, filter_seen, workers)
+    if everyone:
+        summary = _recommend_to_all(model, data, top, out, filter_seen, workers)
         if as_json:
             say_json(summary)
         return
@@ -249,30 +247,25 @@ def _user_history(model, data, user):
     return user, sequence, left_out
 
 
-def _recommend_many(model, data, names_path, top, out, filter_seen, workers):
-    """Write user,rank,item,score for all users of the log, or for those that a file names; return what --json says.
+def _recommend_to_all(model, data, top, out, filter_seen, workers):
+    """Write user,rank,item,score for all users of the log; return what --json says.
 
     They are written while they are ranked: of each user, only a number is kept in memory.
     """
-    log_path = data or model.settings["data"]["path"]
-    for path in filter(None, (names_path, log_path)):
-        if os.path.exists(path) and os.path.exists(out) and os.path.samefile(path, out):
-            raise UserError(f"{out}: is read from; choose another --out")
+    path = data or model.settings["data"]["path"]
+    if os.path.exists(path) and os.path.exists(out) and os.path.samefile(path, out):
+        raise UserError(f"{out}: is read from; choose another --out")
     log, _ = _known_histories(model, data)
-    users, unknown = _named_users(names_path, log, log_path) if names_path else (np.arange(len(log.users)), 0)
-    known = np.diff(log.offsets)[users] > 0
-    if not known.all():
-        names = [log.users[u] for u in users[~known]]
-        text = f"no list for {len(names):,} of {len(users):,} users, of whose items the model knows none: {few(names)}"
-        if not known.any():
-            raise UserError(text)
-        say(text)
-    shown = users[known]
-    written = files.write(out, lambda file: _write_lists(file, model, log, shown, top, filter_seen, workers))
-    if without := int(known.sum()) - written:
-        say(f"no list for {without:,} of {len(users):,} users, who have had every item")
+    known, n_users = np.diff(log.offsets) > 0, len(log.users)
+    if left_out := [log.users[u] for u in np.flatnonzero(~known)]:
+        text = f"no list for {len(left_out):,} of {n_users:,} users, of whose items the model knows none"
+        say(f"{text}: {few(left_out)}")
+    users = np.flatnonzero(known)
+    written = files.write(out, lambda file: _write_lists(file, model, log, users, top, filter_seen, workers))
+    if without := len(users) - written:
+        say(f"no list for {without:,} of {n_users:,} users, who have had every item")
     say(f"wrote {out}: {written:,} users")
-    return {"out": str(out), "users": written, "left_out": len(users) - written + unknown}
+    return {"out": str(out), "users": written, "left_out": n_users - written}
 
 
 def _write_lists(file, model, log, users, top, filter_seen, workers):
@@ -287,31 +280,6 @@ def _write_lists(file, model, log, users, top, filter_seen, workers):
             written += bool(best)
             update(1)
     return written
-
-
-def _named_users(path, log, log_path):
-    """Return the numbers of the users that a file names, in its order, and how many of its names are no users."""
-    lines = [line for line in files.read_lines(path) if line.strip()]
-    if not lines:
-        raise UserError(f"{path}: names no user; one a line is expected")
-    numbers = {name: u for u, name in enumerate(log.users)}
-    readings = {line: (line, line.strip(), _unquoted(line)) for line in lines}
-    matched = {line: next((numbers[n] for n in names if n in numbers), None) for line, names in readings.items()}
-    unknown = [line for line, u in matched.items() if u is None]
-    users = np.array(list(dict.fromkeys(u for u in matched.values() if u is not None)), int)
-    if not len(users):
-        raise UserError(f"{path}: none of its names is a user of {log_path}: {few(unknown)}")
-    if unknown:
-        say(f"{path}: {len(unknown):,} names are no users of {log_path}: {few(unknown)}")
-    if again := sum(matched[line] is not None for line in lines) - len(users):
-        say(f"{path}: {again:,} of {len(lines):,} lines name a user again, who gets one list")
-    return users, len(unknown)
-
-
-def _unquoted(line):
-    """Return a name without blanks around it and the quotes that a csv file gives it."""
-    text = line.strip()
-    return text[1:-1].replace('""', '"') if len(text) > 1 and text[0] == text[-1] == '"' else text
 
 
 def _explain(model, sequence, most=10):
