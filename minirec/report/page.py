@@ -10,6 +10,7 @@ Symbols: H heads, L positions, n keys of a row.
 
 import math
 import unicodedata
+from functools import partial
 from importlib import resources
 from pathlib import Path
 
@@ -18,15 +19,7 @@ import numpy as np
 from minirec import files
 from minirec.attention import FIXED
 from minirec.data.split import Targets
-from minirec.decompose import (
-    RECENT,
-    TINY,
-    block_caches,
-    contribution_norms,
-    head_norms,
-    mixing_ratios,
-    work_chunks,
-)
+from minirec.decompose import RECENT, TINY, block_caches, contribution_norms, head_norms, mixing_ratios, recent_weights
 from minirec.errors import UserError
 from minirec.parameters import sub_dict
 from minirec.studies.plots import relative_maps
@@ -177,7 +170,7 @@ def explorer(models, test):
     with worker_map(usable_cores(), np) as run:
         ranking = (log.sequence, targets, model.filters_seen(None), run)
         ranks = [np.concatenate(list(rank_targets(model.parameters, m.config, *ranking))) for m in models]
-        rows = explain(model.parameters, config, log.sequence, targets, run)
+        blocks = list(run(partial(explain, model.parameters, config), histories))
 
     indices = {}  # {name: its index among those that the page names}
 
@@ -198,50 +191,35 @@ def explorer(models, test):
                 "ranks": [None if r[number] >= MISS else int(r[number]) + 1 for r in ranks],
                 "tops": [[index(name) for name in top[number][:TOP]] for top in tops],
                 "was": [[was.get(name) for name in top[number][:TOP]] for top in tops],  # None: beyond LOOKED_UP
-                "blocks": rows[number],
+                "blocks": blocks[number],
             }
         )
     return list(users.values()), list(indices)
 
 
-def explain(parameters, config, sequence, targets, run=map):
-    """Take apart what reaches the last position of the history of each target, sequence[start:stop].
+def explain(parameters, config, history):
+    """Take apart what reaches the last position of a history [L].
 
-    Returns a list of targets, each a list of blocks: {"attention", "heads": H rows; "contribution": a row, of what all
-    heads and the residual come to; "ratios": {ratio: mixing ratio}}. Rows are over the keys, oldest first (see row).
+    Returns a list of blocks: {"attention", "heads": H rows; "contribution": a row, of what all heads and the residual
+    come to; "ratios": {ratio: mixing ratio}}. Rows are over the keys, oldest first (see row).
     """
-    lengths = np.minimum(targets.stops - targets.starts, config.max_length)
-    starts = targets.stops - lengths
-
-    def explain_chunk(chunk):
-        batch, caches = block_caches(parameters, config, sequence, starts[chunk], lengths[chunk])
-        ends = np.cumsum(batch.lengths) - 1
-        blocks_of = [[] for _ in chunk]
-        for i, cache in enumerate(caches):
-            p = sub_dict(parameters, f"blocks.{i}.")
-            ratios = mixing_ratios(cache, p, batch.buckets)
-            number = 0
-            for bucket, attention in zip(batch.buckets, cache["attention"], strict=True):
-                last = (cache, p, bucket, attention, 1, bucket.length)  # the last query, over all keys
-                heads, together = head_norms(*last)[:, :, 0], contribution_norms(*last)[:, 0]
-                a = np.broadcast_to(attention.weights[..., -1, :], heads.shape)
-                for s in range(bucket.count):
-                    blocks_of[batch.order[number]].append(
-                        {
-                            "attention": [row(r) for r in a[s]],
-                            "heads": [row(r) for r in heads[s]],
-                            "contribution": row(together[s]),
-                            "ratios": {name: rounded(float(r[ends[number]])) for name, r in ratios.items()},
-                        }
-                    )
-                    number += 1
-        return chunk, blocks_of
-
-    results = [None] * len(lengths)
-    for chunk, blocks_of in run(explain_chunk, work_chunks(lengths, np)):
-        for i, blocks in zip(chunk, blocks_of, strict=True):
-            results[i] = blocks
-    return results
+    length = np.array([min(len(history), config.max_length)])
+    batch, caches = block_caches(parameters, config, history, len(history) - length, length)
+    (bucket,) = batch.buckets
+    blocks = []
+    for i, cache in enumerate(caches):
+        p, (attention,) = sub_dict(parameters, f"blocks.{i}."), cache["attention"]
+        last = (cache, p, bucket, attention, 1, bucket.length)  # the last query, over all keys
+        ratios = mixing_ratios(cache, p, batch.buckets)
+        blocks.append(
+            {
+                "attention": [row(weights) for weights in recent_weights(*last[3:])[0, :, 0]],
+                "heads": [row(norms) for norms in head_norms(*last)[0, :, 0]],
+                "contribution": row(contribution_norms(*last)[0, 0]),
+                "ratios": {name: rounded(float(values[-1])) for name, values in ratios.items()},
+            }
+        )
+    return blocks
 
 
 # A study
