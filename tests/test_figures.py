@@ -127,7 +127,7 @@ def test_the_plane_holds_every_log_at_its_ratio_and_effect_size_with_their_inter
     expected = {name: (result["mixing_ratio"], result["mean_hedges_g"]) for name, result in everything.items()}
     expected["alone"] = 0.3, low  # on the lower edge
     expected |= {
-        name: (point["mixing_ratio"], statistics.mean_hedges_g(point["hedges_g"].values()))
+        name: (point["mixing_ratio"], np.mean(list(point["hedges_g"].values())))
         for name, point in statistics.published()["datasets"].items()
     }
     named = {text.get_text().removesuffix(" (no g)"): text.xy for text in axis.texts if hasattr(text, "xy")}

@@ -24,7 +24,7 @@ from minirec.errors import UserError
 from minirec.parameters import sub_dict
 from minirec.studies.plots import relative_maps
 from minirec.studies.results import COMPARED, describe_mixing, tabulate, verdict
-from minirec.studies.statistics import METRICS, MIXES_ABOVE, mean_hedges_g, published, regime
+from minirec.studies.statistics import METRICS, MIXES_ABOVE, published, regime
 from minirec.training import runs
 from minirec.training.parallel import usable_cores, worker_map
 from minirec.training.progress import best, finished
@@ -236,9 +236,7 @@ def describe_study(folder):
     except (LookupError, TypeError, AttributeError, ValueError, ArithmeticError, RecursionError) as error:
         reason = f"{type(error).__name__}: {error}"
         raise UserError(f"{path}: not a study's results ({reason}); run the study again") from None
-    points = [
-        [name, p["mixing_ratio"], mean_hedges_g(p["hedges_g"].values())] for name, p in theirs["datasets"].items()
-    ]
+    points = [[name, p["mixing_ratio"], p["mean_hedges_g"]] for name, p in theirs["datasets"].items()]
     return {
         "kind": "study",
         "title": f"Study of {', '.join(dataset['name'] for dataset in datasets)}",

@@ -14,7 +14,7 @@ import numpy as np
 from minirec.attention import known_weightings
 from minirec.decompose import RATIOS, TINY
 from minirec.files import replace
-from minirec.studies.statistics import JUDGED_BY, MIXES_ABOVE, hedges_g_interval, mean_hedges_g, published
+from minirec.studies.statistics import JUDGED_BY, MIXES_ABOVE, hedges_g_interval, published
 
 LINES = ("-", "--", ":", "-.")  # of the weightings, in turn; those after the first one are grey
 RATIO_STYLES = dict(
@@ -144,9 +144,7 @@ def rq3_plane(results):
     stand the published points. Bars are 95 % intervals over seeds: of the ratio Student's, of g that of one metric.
     A log without an effect size stands on the lower edge.
     """
-    theirs = published()
-    points = {name: point | {"seeds": range(theirs["seeds"])} for name, point in theirs["datasets"].items()}
-    points = {name: p | {"mean_hedges_g": mean_hedges_g(p["hedges_g"].values())} for name, p in points.items()}
+    points = published()["datasets"]
     heights = [p["mean_hedges_g"] for p in (*points.values(), *results.values()) if p["mean_hedges_g"] is not None]
     # Published effect sizes lie within 3; planted ones reach 100. Linear to 1, logarithmic beyond.
     right = max(0.5, *(1.15 * r["mixing_ratio"] for r in results.values()), 0)

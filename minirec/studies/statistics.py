@@ -39,7 +39,10 @@ HALF = 0.5  # of what learned weights gain over an average: recency counts if it
 
 def published():
     """Return what the authors published for 14 datasets, with its source (see published.json)."""
-    return json.loads(resources.files("minirec.studies").joinpath("published.json").read_text("utf-8"))
+    theirs = json.loads(resources.files("minirec.studies").joinpath("published.json").read_text("utf-8"))
+    for point in theirs["datasets"].values():
+        point |= {"mean_hedges_g": mean_hedges_g(point["hedges_g"].values()), "seeds": range(theirs["seeds"])}
+    return theirs
 
 
 def import_scipy():
