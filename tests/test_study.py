@@ -185,21 +185,14 @@ def test_an_analysis_is_that_of_the_run_beside_it(finished, tmp_path):
     assert not (job.folder / "analysis.json").exists()
 
 
-@pytest.mark.parametrize("found", ["[]", '{"datasets": 3}', '{"datasets": [1]}'])
-def test_damaged_results_of_earlier_studies_are_named(tmp_path, found):
+@pytest.mark.parametrize(
+    "found", ["[]", '{"datasets": 3}', '{"datasets": [1]}', "{", '{"datasets": {"old": {"doubts": []}}}']
+)
+def test_results_of_earlier_studies_that_cannot_be_kept_are_named(tmp_path, found):
     (tmp_path / "study.json").write_text(found)
-    with pytest.raises(UserError, match="study.json: damaged"):
+    with pytest.raises(UserError, match="study.json: damaged, or of an older version .*; remove it"):
         showing.write_results(tmp_path, {"small": {"table": [["softmax", 0, {"HR@1": 0.5}]]}})
     assert (tmp_path / "study.json").read_text() == found
-
-
-def test_results_of_an_older_version_are_left_out_aloud(tmp_path):
-    files.write_json(tmp_path / "study.json", {"datasets": {"old": {"doubts": []}}})
-    (tmp_path / "study.csv").write_text("dataset,arm,seed,HR@1\nold,softmax,0,0.1\n")
-    with pytest.warns(UserWarning, match="an older version's results of old are left out"):
-        showing.write_results(tmp_path, {"new": {"table": [["softmax", 0, {"HR@1": 0.5}]]}})
-    assert (tmp_path / "study.csv").read_text() == "dataset,arm,seed,HR@1\nnew,softmax,0,0.500000\n"
-    assert list(files.read_json(tmp_path / "study.json")["datasets"]) == ["new"]
 
 
 def test_a_run_that_fails_is_named_and_does_not_stop_the_others(log_path, tmp_path):
@@ -732,20 +725,24 @@ def test_two_lists_of_models_are_compared_as_a_study_compares_its_arms(invented)
     folder, _, _ = invented
     result = json.loads((folder / "study.json").read_text())["datasets"]["small"]
     ranks = {attn: {seed: kept(folder, attn, seed)[1]["test"] for seed in (1, 0)} for attn in EPOCHS}
-    found = showing.compare_ranks(ranks["softmax"], ranks["uniform"])
+
+    def models(attn, seeds=(0, 1)):
+        config = SimpleNamespace(weightings=(attn, attn))
+        return [
+            SimpleNamespace(
+                config=config,
+                settings={"training": {"seed": seed}, "data": {}},
+                ranks=lambda part, seed=seed: ranks[attn][seed],
+            )
+            for seed in seeds
+        ]
+
+    found = showing.compare(models("softmax"), models("uniform", seeds=(1, 0)))
     assert found["comparison"] == result["weighting"] and found["mean_hedges_g"] == result["mean_hedges_g"]
     assert found["sentence"] in result["verdict"]
-
-    def models(attn):
-        config = SimpleNamespace(weightings=(attn, attn))
-        for seed in (0, 1):
-            settings = {"training": {"seed": seed}, "data": {}}
-            yield SimpleNamespace(config=config, settings=settings, ranks=lambda part, seed=seed: ranks[attn][seed])
-
-    assert showing.compare(list(models("softmax")), list(models("uniform"))) == found
-    assert "softmax, the second models" in showing.compare(list(models("softmax")), list(models("softmax")))["sentence"]
+    assert "softmax, the second models" in showing.compare(models("softmax"), models("softmax"))["sentence"]
     with pytest.raises(UserError, match="on the same seeds and users"):
-        showing.compare_ranks(ranks["softmax"], {0: ranks["uniform"][0]})
+        showing.compare(models("softmax"), models("uniform", seeds=(0,)))
 
 
 def test_a_study_from_python_returns_what_it_writes(rng, tmp_path):

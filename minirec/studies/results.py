@@ -9,7 +9,6 @@ Symbols: M test users, n seeds.
 
 import csv
 import io
-import warnings
 
 import numpy as np
 
@@ -269,29 +268,17 @@ def compare(models_a, models_b, part="test"):
     """
     arms = [models if isinstance(models, (list, tuple)) else [models] for models in (models_a, models_b)]
     arms = [[m if hasattr(m, "ranks") else load(m) for m in models] for models in arms]
-    seeds = [[m.settings["training"]["seed"] for m in models] for models in arms]
-    if any(len(set(of_arm)) < len(of_arm) for of_arm in seeds):
-        raise UserError(f"the models of an arm are of different seeds; here {seeds[0]} and {seeds[1]}")
-    if len({test_of(m) for models in arms for m in models}) > 1:
+    if len({tested_on(m) for models in arms for m in models}) > 1:
         raise UserError("the models were trained on different logs, or on different parts of one")
-    ranks = [
-        {seed: m.ranks(part) for seed, m in zip(of_arm, models, strict=True)}
-        for of_arm, models in zip(seeds, arms, strict=True)
-    ]
-    a, b = ("+".join(dict.fromkeys(models[0].config.weightings)) for models in arms)
-    return compare_ranks(*ranks, *((a, b) if a != b else (f"{a}, the first models", f"{b}, the second models")))
-
-
-def test_of(model):
-    """Return what two models have in common where they are tested on the same users and targets."""
-    return tuple(model.settings["data"].get(name) for name in ("sha256", "split", "k_core", "drop_repeats"))
-
-
-def compare_ranks(ranks_a, ranks_b, a="softmax", b="uniform"):
-    """Do what compare does with {seed: test ranks [M]} of two arms; a, b: what they are called."""
+    ranks_a, ranks_b = ({m.settings["training"]["seed"]: m.ranks(part) for m in models} for models in arms)
+    if [len(ranks_a), len(ranks_b)] != [len(models) for models in arms]:
+        raise UserError("two models of an arm have the same seed: train each with its own")
     if set(ranks_a) != set(ranks_b) or len({len(r) for r in (*ranks_a.values(), *ranks_b.values())}) != 1:
         raise UserError(f"two arms are compared on the same seeds and users; here {sorted(ranks_a)}, {sorted(ranks_b)}")
-    values_a, values_b = (by_metric([ranks[seed] for seed in sorted(ranks_a)]) for ranks in (ranks_a, ranks_b))
+    a, b = ("+".join(dict.fromkeys(models[0].config.weightings)) for models in arms)
+    if a == b:
+        a, b = f"{a}, the first models", f"{b}, the second models"
+    values_a, values_b = (by_metric([ranks[seed] for seed in sorted(ranks)]) for ranks in (ranks_a, ranks_b))
     comparison = {name: statistics.compare(values_a[name], values_b[name]) for name in METRICS}
     judgement = statistics.judge(comparison[JUDGED_BY], values_b[JUDGED_BY].mean())
     return {
@@ -300,6 +287,11 @@ def compare_ranks(ranks_a, ranks_b, a="softmax", b="uniform"):
         "judgement": judgement,
         "sentence": describe_effect(comparison, judgement, a, b),
     }
+
+
+def tested_on(model):
+    """Return what two models have in common that are tested on the same users and targets."""
+    return tuple(model.settings["data"].get(name) for name in ("sha256", "split", "k_core", "drop_repeats"))
 
 
 # Tables
@@ -351,20 +343,13 @@ def write_results(out, results):
 
     Times are no part of them: the same study gives the same files.
     """
-    path = out / "study.json"
+    path, text = out / "study.json", io.StringIO()
     try:
-        before = dict(files.read_json(path)["datasets"]) if path.exists() else {}
-        earlier = {name: result for name, result in before.items() if name not in results and "table" in result}
-    except UserError as error:
-        raise UserError(f"{error}; remove it, then start again") from None
-    except (TypeError, KeyError, ValueError) as error:
-        raise UserError(f"{path}: damaged ({error!r}); remove it, then start again") from None
-    if old := sorted(set(before) - set(earlier) - set(results)):
-        warnings.warn(
-            f"{out}: an older version's results of {', '.join(old)} are left out; study them again", stacklevel=2
-        )
-    everything, text = earlier | results, io.StringIO()
-    table = [[name, *row] for name, result in everything.items() for row in result["table"]]
+        before = files.read_json(path)["datasets"] if path.exists() else {}
+        everything = before | results
+        table = [[name, *row] for name, result in everything.items() for row in result["table"]]
+    except (UserError, LookupError, TypeError) as error:
+        raise UserError(f"{path}: damaged, or of an older version ({error}); remove it, then start again") from None
     lines = [[name, arm, seed, *(f"{value:.6f}" for value in values.values())] for name, arm, seed, values in table]
     csv.writer(text, lineterminator="\n").writerows([["dataset", "arm", "seed", *table[0][3]], *lines])
     files.replace(out / "study.csv", lambda file: file.write(text.getvalue().encode()))
