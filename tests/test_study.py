@@ -180,8 +180,12 @@ def test_an_analysis_is_that_of_the_run_beside_it(finished, tmp_path):
     other = job.dataset._replace(settings=job.settings() | {"data": job.settings()["data"] | {"k_core": 2}})
     with pytest.raises(UserError, match="was trained with k_core 1, not 2"):
         grid.grid([other], ["softmax"], 1, tmp_path / "out")
+
+    def stop(record):
+        raise OSError("stopped")
+
     with pytest.warns(UserWarning, match="going on from state.previous.npz"):
-        grid.execute(job_of(tmp_path / "out", epochs=3), stop=lambda: True)
+        assert grid.execute(job_of(tmp_path / "out", epochs=3), stop) == "stopped"
     assert not (job.folder / "analysis.json").exists()
 
 

@@ -14,7 +14,6 @@ import signal
 import sys
 import tempfile
 import time
-from collections import deque
 from dataclasses import replace
 from multiprocessing.connection import wait
 from pathlib import Path
@@ -233,17 +232,15 @@ def grid(datasets, weightings, n_seeds, out):
 # One run
 
 
-def execute(job, on_epoch=None, stop=None):
-    """Train and analyse one run of the grid, going on where it was stopped; on_epoch, stop: see train.
+def execute(job, on_epoch=None):
+    """Train and analyse one run of the grid, going on where it was stopped; on_epoch: see train.
 
     Returns why it did not come to its end, None where it did.
     """
     try:
         with contextlib.suppress(OSError):  # one that does not count must not come to count as this run's
             (job.folder / "analysis.json").unlink()
-        _, complete, _ = train(job.dataset.log, job.settings(), job.folder, True, on_epoch=on_epoch, stop=stop)
-        if not complete:
-            return "stopped"
+        train(job.dataset.log, job.settings(), job.folder, resume=True, on_epoch=on_epoch)
         analyse(job)
     except (UserError, OSError) as error:
         return str(error)
@@ -312,13 +309,13 @@ def run_grid(jobs, n_processes, report):
         for job in jobs:
             report(job, "ended", execute(job, lambda record, job=job: report(job, "epoch", record)))
         return
-    waiting, running = deque(jobs), {}
+    waiting, running = list(jobs), {}
     try:
         while waiting or running:
             while waiting and len(running) < n_processes:
-                job = waiting.popleft()
+                job = waiting.pop(0)
                 ours, theirs = PROCESSES.Pipe(duplex=False)
-                process = PROCESSES.Process(target=_run_job, args=(theirs, job, os.getpid()))
+                process = PROCESSES.Process(target=_run_job, args=(theirs, job))
                 process.start()
                 theirs.close()
                 running[ours] = job, process
@@ -340,11 +337,10 @@ def run_grid(jobs, n_processes, report):
             connection.close()
 
 
-def _run_job(connection, job, parent):
+def _run_job(connection, job):
     """The process of one job: send what happens to the parent, and end when that is gone."""
-    die_with_parent()
+    die_with_parent()  # where the system offers that; elsewhere the connection breaks at the end of an epoch
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent to handle,
     signal.signal(signal.SIGTERM, signal.SIG_DFL)  # which then ends its runs with this
     np.seterr(all="ignore")  # a loss that is not finite is found, and named, at the end of an epoch
-    failure = execute(job, lambda record: connection.send(("epoch", record)), stop=lambda: os.getppid() != parent)
-    connection.send(("ended", failure))
+    connection.send(("ended", execute(job, lambda record: connection.send(("epoch", record)))))
