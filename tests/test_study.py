@@ -31,7 +31,7 @@ from minirec.studies import grid, statistics
 from minirec.studies import results as showing
 from minirec.studies.plots import relative_maps
 from minirec.training import baselines, ranking, runs
-from minirec.training.fit import train
+from minirec.training.fit import load, train
 from minirec.training.settings import Source
 
 pytest.importorskip("scipy", reason="the study needs scipy")
@@ -759,6 +759,7 @@ def test_a_study_from_python_returns_what_it_writes(rng, tmp_path):
         "uniform": [1, 1],
     }
     assert any(line.startswith("run 4 of 4: mine uniform seed 1: 1 epochs") for line in lines)
+    assert list(tmp_path.glob("**/log.npz")) == [tmp_path / "kept/mine/log.npz"]  # for all runs
     shown = []
     assert grid.study({"mine": log}, show=shown.append, **options) == found  # a folder of its own
     assert len(shown) == 4 and shown[3] == "run 4 of 4: mine uniform seed 1: epoch 1"
@@ -766,6 +767,14 @@ def test_a_study_from_python_returns_what_it_writes(rng, tmp_path):
     (result,) = grid.study([tmp_path / "mine.txt"], **options | {"weightings": ["uniform"]}).values()
     assert list(result["metrics"]) == ["softmax", "uniform"]  # a study always compares them
     assert result["test_users"] == 9 and result["verdict"].startswith("mine: ")
+
+
+def test_a_run_of_a_study_of_a_log_in_memory_is_loaded_with_the_log_as_it_was_filtered(rng, tmp_path):
+    log = log_of([rng.integers(12, size=6).tolist() for _ in range(40)])
+    found = grid.study({"mine": log}, ["uniform"], 1, tmp_path, epochs=1, hidden=8, k_core=6, drop_repeats=True)
+    model = load(tmp_path / "mine/softmax-0")
+    assert len(model.log.sequence) == found["mine"]["interactions"] < len(log.sequence)
+    assert model.evaluate()["NDCG@10"] == pytest.approx(found["mine"]["metrics"]["softmax"]["NDCG@10"]["mean"])
 
 
 def test_what_a_study_cannot_take_is_refused(tmp_path):

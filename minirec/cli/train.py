@@ -131,7 +131,7 @@ def _take_over(ctx, chosen, folder):
     settings = runs.load_settings(folder)
     model, data = settings["model"], settings["data"]
     before = settings["training"] | data | {option: model[name] for option, name in SIZES.items()}
-    before["data"] = str(folder / runs.LOG) if data["path"] == runs.LOG else data["path"]
+    before["data"] = str(folder / data["path"]) if os.path.basename(data["path"]) == runs.LOG else data["path"]
     chosen |= {name: before[name] for name in set(chosen) - typed - {"workers"}}
     runs.find_log(folder, settings, chosen["data"] if "data" in typed else None)
 

@@ -127,8 +127,7 @@ def run_facts(model, test, ranks):
     unreachable = int((ranks >= MISS).sum())
     facts = {
         "Run": legible(model.folder.resolve().name),
-        "Log": f"{log_name(model.settings)}: {len(log.users):,} users, {len(log.items):,} items, "
-        f"{len(log.sequence):,} interactions (SHA-256 {source['sha256'][:12]}...)",
+        "Log": f"{log_name(model.settings)}: {log.counts()} (SHA-256 {source['sha256'][:12]}...)",
         "Split": ", ".join([f"{source['split']}, {len(test.users):,} test users", *filters]),
         "Model": f"{config.n_blocks} blocks, {config.n_heads} heads, hidden size {config.hidden_size}, "
         f"the last {config.max_length} items, dropout {config.dropout}",

@@ -2,7 +2,8 @@
 
 Each run of the grid logs x weightings x seeds is a run folder as from train, FOLDER/LOG/ATTN-SEED, with two files more:
 analysis.json and ranks.npz, what the study needs to know of it. A run with a valid analysis is never repeated, one that
-was stopped goes on; so a study that is started again ends in the same study.json. What it shows: results.py.
+was stopped goes on; so a study that is started again ends in the same study.json. A log that is no file is kept once,
+as FOLDER/LOG/log.npz. What a study shows: results.py.
 
 Symbols: M test users.
 """
@@ -41,6 +42,7 @@ from minirec.training.settings import LOG_OPTIONS, SIZES, TRAINING, Source, make
 DENSE = 0.02  # share of all user-item pairs; such logs take a dropout of 0.2, sparser ones of 0.5, as in the paper
 LONG = 100  # mean history from which the last 200 items are kept, not the last 50, as in the paper
 
+KEPT = f"../{runs.LOG}"  # where a log that is no file lies, seen from its runs
 OPTIONS = {*LOG_OPTIONS, *SIZES, *TRAINING} - {"attn", "seed", "workers"}  # what a study takes, as fit does
 # The planted logs must show their regimes in two minutes: small models, large steps, short histories. taste has many
 # users, to be sure that two arms are equal; drift is learned on a plateau, where less patience would end a run.
@@ -94,6 +96,10 @@ def study(logs, weightings=None, seeds=3, folder=None, workers=None, read=None, 
         if not launched_rank():  # the first rank holds it for all
             stack.enter_context(files.locked(folder))
         jobs = grid(datasets.values(), weightings, seeds, folder)
+        for name, dataset in datasets.items():
+            if dataset.settings["data"]["path"] == KEPT and not launched_rank():
+                files.make_folder(folder / name)
+                runs.keep_log(folder / name, dataset.log)
         on_host = dataset.settings["training"]["backend"] == "numpy"
         failures = run_what_is_left(jobs, (workers or usable_cores()) if on_host else 0, say, show)
         if failures is None:
@@ -117,11 +123,11 @@ def prepare(name, log, options, read, say):
     reading, defaults = picked(options, LOG_OPTIONS), {}
     if log is not None:
         if not isinstance(log, Log):
-            raise UserError(
-                f"{name} is no Log, but a {type(log).__name__}: read_log(path) or Log.from_columns makes one"
-            )
-        source = Source(runs.LOG, log.sha256(), **reading)
+            hint = "read_log(path) or Log.from_columns makes one"
+            raise UserError(f"{name} is no Log, but a {type(log).__name__}: {hint}")
+        source = Source(KEPT, **reading)
         log = filter_log(log, source.k_core, source.drop_repeats)
+        source = replace(source, sha256=log.sha256())
     else:
         planted = runs.is_planted(name)
         source = Source(name if planted else os.path.abspath(name), runs.fingerprint(name), **reading)

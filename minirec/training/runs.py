@@ -142,7 +142,7 @@ def split_log(log, settings):
         return split.SPLITS[settings["data"]["split"]](log)
     except UserError as error:
         path = settings["data"]["path"]
-        raise UserError(str(error) if path == LOG else f"{path}: {error}") from None
+        raise UserError(str(error) if os.path.basename(path) == LOG else f"{path}: {error}") from None
 
 
 def find_log(folder, settings, data_path=None, another=False):
@@ -152,7 +152,7 @@ def find_log(folder, settings, data_path=None, another=False):
     where it is not the log that is wanted. Only its fingerprint is looked at before.
     """
     source = Source(**settings["data"])
-    path = data_path or (str(folder / LOG) if os.path.basename(source.path) == LOG else source.path)
+    path = data_path or (str(folder / source.path) if os.path.basename(source.path) == LOG else source.path)
     try:
         sha256 = fingerprint(path)
     except UserError as error:
@@ -172,7 +172,7 @@ def load_run_log(folder, settings, data_path=None, read=load_log):
 
 
 def read_kept_log(path):
-    """Return the Log that write_settings wrote. Raises UserError where what the file holds is none."""
+    """Return the Log that keep_log wrote. Raises UserError where what the file holds is none."""
     arrays = files.read_arrays(path)
     try:
         values = {part.name: arrays[part.name] for part in fields(Log) if part.name in arrays}
@@ -196,8 +196,13 @@ def write_settings(folder, settings, log):
     files.write_json(folder / "config.json", settings)
     files.write_json(folder / "items.json", log.items)
     if settings["data"]["path"] == LOG:
-        values = {part.name: getattr(log, part.name) for part in fields(log)}
-        files.write_arrays(folder / LOG, {name: np.asarray(x) for name, x in values.items() if x is not None})
+        keep_log(folder, log)
+
+
+def keep_log(folder, log):
+    """Write a folder's log.npz, a log that lies nowhere else; read_kept_log reads it."""
+    values = {part.name: getattr(log, part.name) for part in fields(log)}
+    files.write_arrays(folder / LOG, {name: np.asarray(x) for name, x in values.items() if x is not None})
 
 
 def load_settings(folder):
