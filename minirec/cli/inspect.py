@@ -14,7 +14,7 @@ from minirec import files
 from minirec.cli import options
 from minirec.cli.common import Command, another_log, load_log, opened, progress, say, say_json
 from minirec.data.describe import remarks_on_repeats
-from minirec.decompose import RATIOS, contributions
+from minirec.decompose import HEATMAPS, RATIOS, contributions
 from minirec.errors import UserError, did_you_mean
 from minirec.files import few
 from minirec.report import page as reporting
@@ -138,7 +138,7 @@ def _write_decomposition(folder, result):
     files.make_folder(folder)
     arrays = {"users": result["users"], "positions": result["positions"]}
     for i, block in enumerate(result["blocks"]):
-        arrays |= {f"blocks.{i}.{name}": block[name] for name in (*RATIOS, "entropy", "attention", "contribution")}
+        arrays |= {f"blocks.{i}.{name}": block[name] for name in (*RATIOS, "entropy", *HEATMAPS)}
     files.write_arrays(folder / "decomposition.npz", arrays)
     say(f"wrote {folder / 'decomposition.npz'}")
     try:

@@ -102,7 +102,7 @@ def describe_run(model):
         "facts": run_facts(model, test, ranks[0]),
         "weightings": list(models),
         "metrics": [rounded(metrics(r)) for r in ranks],
-        "curves": {name: [rounded(record.get(name)) for record in records] for name in ("loss", runs.SELECTED_BY)},
+        "curves": {name: [rounded(record[name]) for record in records] for name in ("loss", runs.SELECTED_BY)},
         "best_epoch": best(records)["epoch"] if records else None,
         **{"n_items": config.n_items, "filter_seen": model.filters_seen(None), "n_test": len(test.users)},
         **{"users": users, "items": list(map(legible, items))},
@@ -116,7 +116,7 @@ def log_name(settings):
 
 
 def run_facts(model, test, ranks):
-    """Return what a run is, as a list of [name, text]; test: its Targets; ranks [M]: of them."""
+    """Return what a run is, as {name: text}; test: its Targets; ranks [M]: of them."""
     config, records, log = model.config, model.records, model.log
     source, training = model.settings["data"], model.settings["training"]
     kept = "no epoch is finished yet"
@@ -139,7 +139,7 @@ def run_facts(model, test, ranks):
         facts["Misses"] = f"{unreachable:,} of the test targets are items that the user had before: no candidates"
     if not training["filter_seen"]:
         facts["Candidates"] = ALL_CANDIDATES
-    return list(map(list, facts.items()))
+    return facts
 
 
 def explorer(models, test):
@@ -267,7 +267,7 @@ def describe_result(name, result):
         "name": legible(name),
         "verdict": legible(verdict(name, result)),
         "point": [rounded(result["mixing_ratio"]), rounded(result["mean_hedges_g"]), str(result["regime"])],
-        "facts": list(map(list, facts.items())),
+        "facts": facts,
         "rows": [[title, rounded(cells)] for title, cells in tabulate(result)],
         "effects": [
             [f"{a} minus {b}", [[m, *(rounded(result[what][m][field]) for field in fields)] for m in METRICS]]

@@ -14,7 +14,7 @@ import numpy as np
 
 from minirec import files
 from minirec.data.describe import count_cold
-from minirec.decompose import RATIOS, summarise
+from minirec.decompose import HEATMAPS, RATIOS
 from minirec.errors import UserError
 from minirec.studies import statistics
 from minirec.studies.plots import relative_maps, with_nulls
@@ -42,14 +42,14 @@ def substitutions(n_blocks):
 
 
 def describe_mixing(result):
-    """Return what analysis.json keeps of a decomposition: summary, histograms and heatmaps, a list of blocks each."""
+    """Return what analysis.json keeps of Model.decompose: summary, histograms and heatmaps, a list of blocks each."""
     edges = np.linspace(0, 1, BINS + 1)
     blocks = [
         {name: np.histogram(block[name], edges)[0].tolist() for name in RATIOS}
-        | {name: with_nulls(block[name]) for name in ("attention", "contribution")}
+        | {name: with_nulls(block[name]) for name in HEATMAPS}
         for block in result["blocks"]
     ]
-    return {"mixing": summarise(result), "pictures": blocks}
+    return {"mixing": result["summary"], "pictures": blocks}
 
 
 def load_analysis(job):
