@@ -325,7 +325,8 @@ def test_the_ranks_that_a_run_keeps_are_those_of_their_names(tmp_path, attn):
     if attn == "softmax":
         for name, weightings in (("", ("uniform",) * 2), (".0", ("uniform", attn)), (".1", (attn, "uniform"))):
             wanted[f"uniform{name}"] = replace(config, attn=weightings), log.sequence
-    analysis, ranks = showing.load_analysis(job)
+    analysis = showing.load_analysis(job)
+    ranks = analysis["ranks"]
     assert ranks.keys() == wanted.keys() and len({r.tobytes() for r in ranks.values()}) == len(wanted)
     for name, (substituted, sequence) in wanted.items():
         expected = np.concatenate(list(ranking.rank_targets(parameters, substituted, sequence, test)))
@@ -832,7 +833,7 @@ def test_a_damaged_analysis_is_made_again(finished, tmp_path, name, content):
     found = showing.collect([job, job._replace(attn="uniform", folder=tmp_path / "out/small/uniform-0")])
     assert found["small"]["metrics"]["softmax"]["HR@10"]["mean"] <= 1
     assert (
-        showing.load_analysis(job)[0]["mixing"]["all"]
+        showing.load_analysis(job)["mixing"]["all"]
         == files.read_json(folder / "small/softmax-0/analysis.json")["mixing"]["all"]
     )
 
@@ -879,7 +880,8 @@ def test_a_study_that_an_older_version_left_is_read_and_its_models_are_measured_
     test = runs.split_log(dataset.log, settings).test
     histories = [dataset.log.sequence[a:b] for a, b in zip(test.starts, test.stops, strict=True)]
     for job in jobs:
-        analysis, ranks = showing.load_analysis(job)
+        analysis = showing.load_analysis(job)
+        ranks = analysis["ranks"]
         config = runs.model_config(job.settings())
         parameters = runs.load_parameters(job.folder, config)
         again = np.concatenate(list(ranking.rank_targets(parameters, config, dataset.log.sequence, test)))

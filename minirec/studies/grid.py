@@ -168,7 +168,7 @@ def run_what_is_left(jobs, n_processes, say, show):
             return
         done, whole = (sum(len(job.dataset.log.sequence) for job in some) for some in (ended, left))
         minutes = (time.perf_counter() - began) * (whole / done - 1) / 60
-        n_epochs = load_analysis(job)[0]["epochs"]
+        n_epochs = len(runs.load_records(job.folder))
         say(f"run {len(ended)} of {len(left)}: {job}: {n_epochs} epochs; about {minutes:.0f} min left")
 
     if launched_rank() is None:

@@ -53,9 +53,10 @@ def describe_mixing(result):
 
 
 def load_analysis(job):
-    """Return analysis.json and {name: ranks [M]} of a run, or None where it is not finished and analysed.
+    """Return what analysis.json holds of a run, with its "ranks" {name: [M]} and the "records" of its epochs.
 
-    An analysis that is damaged, or of another run, counts as none: it can be made again.
+    None where it is not finished and analysed. An analysis that is damaged, or of another run, counts as none: it can
+    be made again.
     """
     records = runs.load_records(job.folder)
     if not records or not finished(records, job.settings()["training"]):
@@ -70,7 +71,8 @@ def load_analysis(job):
     n_users = len(runs.split_log(job.dataset.log, job.dataset.settings).test.users)
     fits = set(ranks) == expected and all(r.shape == (n_users,) and r.dtype.kind == "i" for r in ranks.values())
     fits = fits and isinstance(analysis, dict) and analysis.get("epochs") == len(records)
-    return (analysis, ranks) if fits and (not softmax or {"mixing", "pictures"} <= set(analysis)) else None
+    fits = fits and (not softmax or {"mixing", "pictures"} <= set(analysis))
+    return analysis | {"ranks": ranks, "records": records} if fits else None
 
 
 # Results
@@ -89,36 +91,35 @@ def collect(jobs):
         seeds = [seed for seed in seeds if all(loaded[attn, seed] for attn in weightings)]
         if seeds:
             arms = {attn: [loaded[attn, seed] for seed in seeds] for attn in weightings}
-            records = {attn: [runs.load_records(of_log[attn, seed].folder) for seed in seeds] for attn in weightings}
-            curves = {attn: [[r[JUDGED_BY] for r in one] for one in found] for attn, found in records.items()}
-            dataset = of_log[weightings[0], seeds[0]].dataset
-            results[name] = {"curves": curves} | describe_dataset(dataset, arms, seeds)
+            results[name] = describe_dataset(of_log[weightings[0], seeds[0]].dataset, arms, seeds)
             results[name]["verdict"] = verdict(name, results[name])
     return results
 
 
 def describe_dataset(dataset, arms, seeds):
-    """Return the results of one log; dataset: a grid.Dataset; arms: {attn: [(analysis, ranks), a seed each]}."""
+    """Return the results of one log; dataset: a grid.Dataset; arms: {attn: [load_analysis, a seed each]}."""
     log, model, training = dataset.log, dataset.settings["model"], dataset.settings["training"]
     split = runs.split_log(log, dataset.settings)
     baselines = rank_baselines(log, split, split.test, training["filter_seen"])
-    by_user = {attn: by_metric([ranks["test"] for _, ranks in loaded]) for attn, loaded in arms.items()}
-    analyses, ranks = zip(*arms["softmax"], strict=True)
+    by_user = {attn: by_metric([run["ranks"]["test"] for run in loaded]) for attn, loaded in arms.items()}
+    learned = arms["softmax"]
     lengths = np.minimum(split.test.stops - split.test.starts, model["max_length"])
-    substituted = {"uniform": "all"} | {f"uniform.{i}": f"block {i}" for i in range(model["n_blocks"])}
-    result = {"users": len(log.users), "items": len(log.items), "interactions": len(log.sequence), "seeds": seeds}
+    titles = {"uniform": "all"} | {f"uniform.{i}": f"block {i}" for i in range(model["n_blocks"])}
+    substituted = {title: mean_metrics([run["ranks"][key] for run in learned]) for key, title in titles.items()}
+    result = {"curves": {attn: [[r[JUDGED_BY] for r in run["records"]] for run in v] for attn, v in arms.items()}}
+    result |= {"users": len(log.users), "items": len(log.items), "interactions": len(log.sequence), "seeds": seeds}
     result |= {"split": dataset.settings["data"]["split"], "test_users": len(split.test.users)}
-    result |= {"unreachable": int((ranks[0]["test"] >= MISS).sum()), "cold": count_cold(log, split)}
+    result |= {"unreachable": int((learned[0]["ranks"]["test"] >= MISS).sum()), "cold": count_cold(log, split)}
     result |= {name: (model | training)[name] for name in ("max_length", "dropout", "filter_seen", "patience")}
     result |= {
         "epochs_at_most": training["epochs"],
-        "epochs": {attn: [analysis["epochs"] for analysis, _ in loaded] for attn, loaded in arms.items()},
+        "epochs": {attn: [run["epochs"] for run in loaded] for attn, loaded in arms.items()},
         "metrics": {attn: {name: mean_and_std(x.mean(axis=1)) for name, x in v.items()} for attn, v in by_user.items()},
-        "substitution": {title: mean_metrics([r[key] for r in ranks]) for key, title in substituted.items()},
-        "shuffled": {attn: mean_metrics([r["shuffled"] for _, r in loaded]) for attn, loaded in arms.items()},
+        "substitution": substituted,
+        "shuffled": {attn: mean_metrics([run["ranks"]["shuffled"] for run in loaded]) for attn, loaded in arms.items()},
         "baselines": {name: mean_metrics([r]) for name, r in baselines.items()},
-        "mixing": average([analysis["mixing"] for analysis in analyses]),
-        "pictures": relative_maps(average([analysis["pictures"] for analysis in analyses]), lengths),
+        "mixing": average([run["mixing"] for run in learned]),
+        "pictures": relative_maps(average([run["pictures"] for run in learned]), lengths),
         "table": table_rows(arms, seeds, baselines),
     }
     for what, (a, b) in COMPARED.items():
@@ -127,7 +128,7 @@ def describe_dataset(dataset, arms, seeds):
     share = None
     if "recency" in arms and result["weighting"][JUDGED_BY]["difference"] > 0:
         share = statistics.content_share(*(by_user[attn][JUDGED_BY] for attn in ("softmax", "uniform", "recency")))
-    return result | conclude(result, [analysis["mixing"]["all"]["attn_res_ln"]["mean"] for analysis in analyses], share)
+    return result | conclude(result, [run["mixing"]["all"]["attn_res_ln"]["mean"] for run in learned], share)
 
 
 def by_metric(ranks):
@@ -301,8 +302,8 @@ def table_rows(arms, seeds, baselines):
     """Return the rows of study.csv for one log: what was ranked, seed, then all metrics by name."""
     rows = []
     for attn, loaded in arms.items():
-        for seed, (_, ranks) in zip(seeds, loaded, strict=True):
-            for key, r in ranks.items():
+        for seed, run in zip(seeds, loaded, strict=True):
+            for key, r in run["ranks"].items():
                 changed = key.replace("uniform.", "uniform in block ")
                 rows.append([attn if key == "test" else f"{attn}, {changed}", seed, metrics(r)])
     return rows + [[baseline, None, metrics(r)] for baseline, r in baselines.items()]
