@@ -251,10 +251,10 @@ def test_defaults_follow_the_data():
         offsets = np.concatenate([[0], np.cumsum(counts)])
         return data.Log([""] * len(counts), [""] * n_items, offsets, np.zeros(offsets[-1], np.int32))
 
-    assert grid.sensible(log([9] * 20, 1000)) == (9, 0.5)
-    assert grid.sensible(log([90] * 20, 1000)) == (50, 0.2)
-    assert grid.sensible(log([150, 300], 10_000)) == (200, 0.2)
-    assert grid.sensible(log([100] * 20, 5_000)) == (100, 0.2)  # both limits exactly
+    assert grid.sensible(log([9] * 20, 1000)) == {"max_length": 9, "dropout": 0.5}
+    assert grid.sensible(log([90] * 20, 1000)) == {"max_length": 50, "dropout": 0.2}
+    assert grid.sensible(log([150, 300], 10_000)) == {"max_length": 200, "dropout": 0.2}
+    assert grid.sensible(log([100] * 20, 5_000)) == {"max_length": 100, "dropout": 0.2}  # both limits exactly
 
 
 def test_shuffling_moves_only_what_the_model_sees_before_the_target():

@@ -98,7 +98,7 @@ def describe(path, as_json, **log_options):
     log = load_log(source, tell=False)
     split = runs.split_log(log, {"data": asdict(source)})
     result = describe_log(log, split, source.drop_repeats)
-    result["study"] = dict(zip(("max_length", "dropout"), studying.sensible(log), strict=True))
+    result["study"] = studying.sensible(log)
     if as_json:
         say_json({"path": path, "read_as": log.read_as, "remarks": log.remarks} | result)
         return

@@ -102,7 +102,7 @@ def study(logs, weightings=None, seeds=3, folder=None, workers=None, read=None, 
                 runs.keep_log(folder / name, dataset.log)
         on_host = dataset.settings["training"]["backend"] == "numpy"
         failures = run_what_is_left(jobs, (workers or usable_cores()) if on_host else 0, say, show)
-        if failures is None:
+        if launched_rank():  # the first rank sums up
             return None
         say("summing up")
         found = results.collect(jobs)
@@ -119,7 +119,6 @@ def prepare(name, log, options, read, say):
 
     name: the log's, or where log is None a path or a planted log's name; the rest: as in study.
     """
-
     reading, defaults = picked(options, LOG_OPTIONS), {}
     if log is not None:
         if not isinstance(log, Log):
@@ -133,8 +132,7 @@ def prepare(name, log, options, read, say):
         source = Source(name if planted else os.path.abspath(name), runs.fingerprint(name), **reading)
         defaults = PLANTED | OF_LOG.get(name, {}) if planted else {}
         name, log = runs.log_name(name), read(source)
-    defaults = dict(zip(("max_length", "dropout"), sensible(log), strict=True)) | defaults
-    settings = make_settings(source, len(log.items), defaults | picked(options, OPTIONS))
+    settings = make_settings(source, len(log.items), sensible(log) | defaults | picked(options, OPTIONS))
     model = model_config(settings)
     backend.load(settings["training"]["backend"])  # or say now what it lacks
     split = runs.split_log(log, settings)
@@ -150,7 +148,7 @@ def prepare(name, log, options, read, say):
 
 
 def run_what_is_left(jobs, n_processes, say, show):
-    """Run what is not finished of a grid; return what failed, a line each (None on all ranks but the first one)."""
+    """Run what is not finished of a grid; return what failed, a line each."""
     left = [job for job in jobs if load_analysis(job) is None]
     if len(left) < len(jobs):
         say(f"{len(jobs) - len(left)} of {len(jobs)} runs are finished already")
@@ -173,8 +171,8 @@ def run_what_is_left(jobs, n_processes, say, show):
 
     if launched_rank() is None:
         run_grid(left, n_processes, report)
-    elif not run_grid_over_ranks(left, report):
-        return None
+    else:
+        run_grid_over_ranks(left, report)
     return failures
 
 
@@ -208,10 +206,11 @@ class Job(NamedTuple):
 
 
 def sensible(log):
-    """Return max_length and dropout for a log: the paper's choices for sparse and for dense data."""
+    """Return {"max_length", "dropout"} for a log: the paper's choices for sparse and for dense data."""
     counts = np.diff(log.offsets)
     max_length = min(200 if counts.mean() >= LONG else 50, int(counts.max()))
-    return max_length, 0.2 if len(log.sequence) / len(log.users) / len(log.items) >= DENSE else 0.5
+    density = len(log.sequence) / len(log.users) / len(log.items)
+    return {"max_length": max_length, "dropout": 0.2 if density >= DENSE else 0.5}
 
 
 def grid(datasets, weightings, n_seeds, out):
@@ -290,18 +289,16 @@ def shuffle_histories(sequence, targets, max_length, seed):
 def run_grid_over_ranks(jobs, report):
     """Do what run_grid does with the processes that an MPI launcher started, on one machine or many.
 
-    The first one hands out the jobs and reports; it returns True. The others return False when all is done.
+    The first one hands out the jobs and reports; the others return when all is done.
     """
     from mpi4py import MPI
     from mpi4py.futures import MPICommExecutor, as_completed
 
     with MPICommExecutor(MPI.COMM_WORLD, root=0) as executor:
-        if executor is None:
-            return False
-        running = {executor.submit(execute, job): job for job in jobs}
-        for future in as_completed(running):
-            report(running[future], "ended", future.result())
-    return True
+        if executor is not None:
+            running = {executor.submit(execute, job): job for job in jobs}
+            for future in as_completed(running):
+                report(running[future], "ended", future.result())
 
 
 def run_grid(jobs, n_processes, report):
