@@ -776,6 +776,19 @@ def test_a_run_of_a_study_of_a_log_in_memory_is_loaded_with_the_log_as_it_was_fi
     model = load(tmp_path / "mine/softmax-0")
     assert len(model.log.sequence) == found["mine"]["interactions"] < len(log.sequence)
     assert model.evaluate()["NDCG@10"] == pytest.approx(found["mine"]["metrics"]["softmax"]["NDCG@10"]["mean"])
+    arguments = [
+        "train",
+        "--data",
+        tmp_path / "mine/log.npz",
+        "--epochs",
+        1,
+        "--hidden",
+        8,
+        "--out",
+        tmp_path / "other",
+    ]
+    assert CliRunner().invoke(main, list(map(str, arguments))).exit_code == 0
+    assert load(tmp_path / "other").log.items == model.log.items  # it is found where it lies
 
 
 def test_what_a_study_cannot_take_is_refused(tmp_path):
