@@ -32,11 +32,10 @@ def remark_on_counts(result, counted):
         say(f"counting beats the model: {part} {SELECTED_BY} {reached:.4f}, by {names}")
 
 
-def filters_seen(model, wanted):
-    """Return whether items that the user has had are no candidates, as wanted or as trained; say where they are."""
+def remark_on_candidates(model, wanted):
+    """Say where items that the user has had are candidates because the run was trained so; wanted: --filter-seen."""
     if wanted is None and not model.filters_seen(None):
         say("as the run was trained, items that the user has had are candidates (--filter-seen removes them)")
-    return model.filters_seen(wanted)
 
 
 def metrics_table(part, columns):
@@ -81,7 +80,7 @@ def evaluate(run, data, split, filter_seen, attn, attn_blocks, backend, workers,
         model = model.with_attention(attn, attn_blocks) if attn else model
     except UserError as error:
         raise click.UsageError(str(error)) from None
-    filter_seen = filters_seen(model, filter_seen)
+    remark_on_candidates(model, filter_seen)
     with another_log(model, data, to_split=True) as log:
         result = model.evaluate(log, split, filter_seen, workers, partial(progress, "ranking"))
     remark_on_counts(result, result["baselines"])
@@ -181,7 +180,7 @@ def recommend(run, data, user, history, everyone, top, explain, out, filter_seen
     if data and history is not None:
         raise click.UsageError("--data is for users of a log; --history needs none.")
     model = opened(run, "recommend", backend, data)
-    filter_seen = filters_seen(model, filter_seen)
+    remark_on_candidates(model, filter_seen)
     if everyone:
         summary = _recommend_to_all(model, data, top, out, filter_seen, workers)
         if as_json:
