@@ -16,27 +16,20 @@ from minirec.data.split import distinct
 from minirec.packing import spans
 from minirec.training.ranking import MISS
 
-BASELINES = ("popularity", "transitions")
 ENTRIES_AT_A_TIME = 1 << 17  # of histories and of transitions in a chunk of targets: they bound the memory
 
 
 def rank_baselines(log, split, targets, filter_seen=True):
-    """Rank each target among all items by each of BASELINES.
+    """Rank each target among all items by popularity, and by transitions.
 
     log: data.Log; split: its Split, whose training part is counted; targets: Targets; filter_seen: whether the items of
     the user's history are no candidates. Returns {baseline: [M] ranks}, as from ranking.rank_targets.
     """
-    sequence, n_items = log.sequence, len(log.items)
-    edges = np.zeros(len(sequence) + 1, np.int8)  # where a user's training part begins, and where it ends
-    edges[log.offsets[:-1]] = 1
-    np.subtract.at(edges, log.offsets[:-1] + split.train_lengths, 1)  # empty parts may share an end
-    trained = np.cumsum(edges[:-1], dtype=np.int8).astype(bool)  # [n]
-    popularity = np.bincount(sequence[trained], minlength=n_items)
-    trained[log.offsets[:-1]] = False  # a user's first item follows nothing
-    pairs = sequence[:-1][trained[1:]].astype(np.int64) * n_items + sequence[1:][trained[1:]]
-    pairs.sort()
-    first = np.flatnonzero(np.append(True, pairs[1:] != pairs[:-1])[: len(pairs)])  # of equal ones
-    pairs, counts = pairs[first], np.diff(first, append=len(pairs))
+    sequence, starts, lengths, n_items = log.sequence, log.offsets[:-1], split.train_lengths, len(log.items)
+    popularity = np.bincount(sequence[spans(starts, lengths)], minlength=n_items)
+    followed = spans(starts, np.maximum(lengths - 1, 0))  # where each item that another follows lies
+    pairs = sequence[followed].astype(np.int64) * n_items + sequence[followed + 1]
+    pairs, counts = np.unique(pairs, return_counts=True)
     return {
         "popularity": rank_by_counts(popularity, pairs[:0], counts[:0], sequence, targets, filter_seen),
         "transitions": rank_by_counts(popularity, pairs, counts, sequence, targets, filter_seen),
