@@ -1,6 +1,5 @@
 """What all commands share: the group that ends errors in one line, what is said, progress, logs and runs."""
 
-import codecs
 import io
 import json
 import os
@@ -24,28 +23,6 @@ PROGRAM = "python cli.py"  # what our texts call the command line; shown is what
 INTERRUPTED = 130  # the shell's exit status after Ctrl-C
 
 
-def escape_what_cannot_be_shown():
-    """Let stdout and stderr escape the characters that their encoding lacks: "\\xe9", not an error in mid-output.
-
-    click writes UTF-8 to a stream in ASCII, which it takes for misconfigured. Under another name, ASCII stays ASCII.
-    """
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            is_ascii = codecs.lookup(stream.encoding).name == "ascii"
-            stream.reconfigure(encoding=STRICT_ASCII if is_ascii else None, errors="backslashreplace")
-
-
-def _find_strict_ascii(name):
-    """Return the codec ASCII for the name STRICT_ASCII, None for any other, as codecs.register wants it."""
-    ascii = codecs.lookup("ascii")
-    renamed = codecs.CodecInfo(*ascii, ascii.incrementalencoder, ascii.incrementaldecoder, name=STRICT_ASCII)
-    return renamed if name == STRICT_ASCII else None
-
-
-STRICT_ASCII = "minirec_ascii"
-codecs.register(_find_strict_ascii)
-
-
 def as_called(text):
     """Return a text in which the command line is called as this process was: `minirec`, or `python -m minirec`."""
     context = click.get_current_context(silent=True)
@@ -66,7 +43,9 @@ class Commands(click.Group):
         return as_called(super().get_help(ctx))
 
     def main(self, *args, complete_var="_MINIREC_COMPLETE", **options):
-        escape_what_cannot_be_shown()
+        for stream in (sys.stdout, sys.stderr):
+            if isinstance(stream, io.TextIOWrapper):  # what its encoding lacks is escaped, and no error
+                stream.reconfigure(errors="backslashreplace")
         return super().main(*args, complete_var=complete_var, **options)
 
     def list_commands(self, ctx):
