@@ -16,7 +16,7 @@ from minirec.optimizer import adam_step
 from minirec.packing import pack
 from minirec.parameters import parameter_count, unflatten
 from minirec.training import parallel
-from minirec.training.parallel import AHEAD, NEGATIVES, Memory, Sampling, Team, worker_map
+from minirec.training.parallel import AHEAD, NEGATIVES, Sampling, Team, worker_map
 
 CONFIG = model.Config(n_items=30, hidden_size=8, max_length=10, dropout=0.5)
 
@@ -163,8 +163,8 @@ def small_updates(monkeypatch):
 
 
 def adam_by_hand(expected, gradient, step, places=slice(None)):
-    """Take an Adam step on these places of the arrays in `expected`, named as in Memory."""
-    parameters, *moments = (expected[name][places] for name in Memory.NAMES)
+    """Take an Adam step on these places of the arrays in `expected`, named as a team's vectors."""
+    parameters, *moments = (vector[places] for vector in expected.values())
     adam_step(parameters, gradient, *moments, step, 0.01)
 
 
@@ -173,13 +173,13 @@ def test_steps_are_those_of_adam_on_all_parameters(n_workers, small_updates):
     rng = np.random.default_rng(0)
     with Team(CONFIG, rng.integers(30, size=60).astype(np.int32), np, n_workers) as team:
         team.parameters[...] = rng.normal(size=team.parameters.shape)
-        expected = {name: getattr(team, name).copy() for name in Memory.NAMES}
+        expected = {name: vector.copy() for name, vector in team.vectors.items()}
         for step in (1, 2, 3):
             team.compute_gradients(np.array([0, 20, 45, 5]), np.array([9, 10, 2, 9]), (7, step))
             adam_by_hand(expected, team.gradients.sum(axis=0), step)
             team.update(step, 0.01)
             for name, values in expected.items():
-                np.testing.assert_allclose(getattr(team, name), values, atol=1e-7, err_msg=name)
+                np.testing.assert_allclose(team.vectors[name], values, atol=1e-7, err_msg=name)
 
 
 @pytest.mark.parametrize("n_workers", [1, 3])
@@ -187,7 +187,7 @@ def test_steps_are_those_of_adam_on_all_parameters(n_workers, small_updates):
 def test_sampled_steps_are_those_of_adam_on_the_touched_rows_alone(loss, n_workers, small_updates):
     team, config, _, starts, lengths, _ = sampled_team(loss, n_workers)
     with team:
-        expected, d = {name: getattr(team, name).copy() for name in Memory.NAMES}, config.hidden_size
+        expected, d = {name: vector.copy() for name, vector in team.vectors.items()}, config.hidden_size
         for step in (1, 2, 3):
             some = slice(step - 1, None, 3)  # a step touches other rows than the one before
             team.compute_gradients(starts[some], lengths[some], (7, step))
@@ -199,7 +199,7 @@ def test_sampled_steps_are_those_of_adam_on_the_touched_rows_alone(loss, n_worke
             adam_by_hand(expected, gradient[len(table) * d :][:rest], step, slice(config.n_items * d, None))
             team.update(step, 0.01)
             for name, values in expected.items():
-                np.testing.assert_allclose(getattr(team, name), values, atol=1e-7, err_msg=name)
+                np.testing.assert_allclose(team.vectors[name], values, atol=1e-7, err_msg=name)
 
 
 @pytest.mark.parametrize("loss, n", [("sampled", 5), ("bce", 6)])
@@ -220,10 +220,11 @@ def test_rows_of_items_that_no_loss_looks_at_keep_parameters_and_moments_to_the_
     team, config, sequence, starts, lengths, sampling = sampled_team(loss, n_workers)
     rng = np.random.default_rng(5)
     with team:
-        for array in (team.first_moment, team.second_moment):  # as after other steps: a zero gradient moves such rows
+        for array in list(team.vectors.values())[
+            1:
+        ]:  # the moments, as after other steps: a zero gradient moves such rows
             array[...] = rng.uniform(0.1, 1, len(array))
-        arrays = [team.parameters, team.first_moment, team.second_moment]
-        tables = [array[: config.n_items * 8].reshape(-1, 8) for array in arrays]
+        tables = [vector[: config.n_items * 8].reshape(-1, 8) for vector in team.vectors.values()]
         for step in range(1, 4):
             batch = np.random.default_rng(step).permutation(len(starts))[:9]
             before = [table.copy() for table in tables]

@@ -18,6 +18,7 @@ Symbols: B sequences, P parameters.
 
 import contextlib
 import ctypes
+import math
 import mmap
 import multiprocessing
 import os
@@ -41,6 +42,7 @@ from minirec.packing import micro_batches, pack, plan
 from minirec.parameters import parameter_count, unflatten
 from minirec.training.mpi import Ranks
 
+VECTORS = ("parameters", "first_moment", "second_moment")
 UPDATE_SIZE = 1 << 16  # parameters that Adam updates at a time: they and their moments stay in cache
 NEGATIVES = 1 << 16  # the negatives' stream, which no buffer's dropout shares, and which every backend draws alike
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # from glibc's malloc.h
@@ -143,59 +145,35 @@ def shared_floats(n):
 
     Raises UserError where the machine does not have that much memory: the system would kill the run later.
     """
-    size = 4 * n
+    size, memory = 4 * n, math.inf
     if hasattr(os, "sysconf"):
-        available = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-        if size > available:
-            raise UserError(
-                f"parameters, moments and gradients take {size / 1e9:.0f} GB, the machine has {available / 1e9:.0f}: "
-                + SMALLER
-            )
-    if PROCESSES.get_start_method() == "fork":
-        try:
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    try:
+        if size > memory:
+            raise MemoryError
+        if PROCESSES.get_start_method() == "fork":
             return mmap.mmap(-1, size)  # belongs to no file: nothing is left behind, no small /dev/shm can overflow
-        except OSError as error:
-            raise UserError(f"no {size / 1e9:.1f} GB for the parameters ({error.strerror}); {SMALLER}") from None
-    return PROCESSES.RawArray(ctypes.c_float, n)
-
-
-class Memory:
-    """What all workers see: parameters, moments and one gradient for each buffer, flat; on the CPU in shared memory.
-
-    table_rows: how many item rows a gradient holds, all V or those of a Sampling; ranks: Ranks. The buffers here are
-    those of this rank.
-    """
-
-    NAMES = ("parameters", "first_moment", "second_moment")
-
-    def __init__(self, config, xp, table_rows, ranks):
-        self.n_buffers = max(plan(xp).gradient_buffers, ranks.size)  # of all ranks
-        self.buffers = range(ranks.rank, self.n_buffers, ranks.size)
-        self.size, gradient_size = parameter_count(config), parameter_count(replace(config, n_items=table_rows))
-        n = len(self.NAMES) * self.size + len(self.buffers) * gradient_size
-        self.shared = shared_floats(n) if xp is np else xp.zeros(n, xp.float32)
-
-    def arrays(self):
-        """Return {"parameters", "first_moment", "second_moment": [P], "gradients": [buffers, P']}, all views."""
-        whole = self.shared if hasattr(self.shared, "reshape") else np.frombuffer(self.shared, np.float32)
-        n = len(self.NAMES) * self.size
-        gradients = whole[n:].reshape(len(self.buffers), -1)
-        return dict(zip(self.NAMES, whole[:n].reshape(-1, self.size), strict=True)) | {"gradients": gradients}
+        return PROCESSES.RawArray(ctypes.c_float, n)
+    except (MemoryError, OSError):
+        raise UserError(f"no {size / 1e9:.1f} GB for parameters, moments and gradients; {SMALLER}") from None
 
 
 class Worker:
     """One of n workers: it fills every n-th buffer and updates every n-th chunk of the parameters.
 
-    memory: Memory; config: the model's; sequence: all histories end to end, on the host; sampling: a
-    Sampling, None for the full cross-entropy; xp: the array module; rank: 0..n-1.
+    memory: float32 numbers that all workers share, of Adam's vectors and of the buffers; buffers: the numbers of this
+    rank's gradient buffers, of all ranks' 0..buffers.stop-1; config: the model's; sequence: all histories end to end,
+    on the host; sampling: a Sampling, None for the full cross-entropy; rank: 0..n-1; xp: the array module.
     """
 
-    def __init__(self, memory, config, sequence, sampling, xp, rank, n):
-        self.__dict__.update(memory.arrays())
-        self.n_buffers, self.buffers = memory.n_buffers, memory.buffers
-        self.config, self.sequence, self.sampling = config, sequence, sampling
-        self.xp, self.rank, self.n = xp, rank, n
-        self.by_name = unflatten(self.parameters, config)
+    def __init__(self, memory, buffers, config, sequence, sampling, rank, n, xp=np):
+        self.buffers, self.config, self.sequence, self.sampling = buffers, config, sequence, sampling
+        self.rank, self.n, self.xp = rank, n, xp
+        memory = np.frombuffer(memory, np.float32) if xp is np else memory
+        size = len(VECTORS) * parameter_count(config)
+        self.vectors = dict(zip(VECTORS, memory[:size].reshape(len(VECTORS), -1), strict=True))  # [P] each
+        self.gradients = memory[size:].reshape(len(buffers), -1)  # the buffers, one a row
+        self.by_name = unflatten(self.vectors["parameters"], config)
         self.table = None  # the item rows that the latest step touched; None: all
 
     def compute_gradients(self, starts, lengths, key):
@@ -205,9 +183,8 @@ class Worker:
         dropout together with the numbers of buffer and micro-batch.
         """
         scale = 1 / int(lengths.sum())
-        dealt = micro_batches(lengths, self.n_buffers, plan(self.xp).micro_batch_tokens)
-        config, parameters, sequence, negatives = self.config, self.by_name, self.sequence, None
-        loss = "ce"
+        dealt = micro_batches(lengths, self.buffers.stop, plan(self.xp).micro_batch_tokens)
+        config, parameters, sequence, loss, negatives = self.config, self.by_name, self.sequence, "ce", None
         if self.sampling:
             loss = self.sampling.loss
             config, parameters, sequence, starts, negatives = self._small_table(starts, lengths, key)
@@ -247,22 +224,21 @@ class Worker:
 
     def update(self, step, learning_rate, buffers):
         """Sum the first `buffers` buffers, in order, and take one Adam step with the sum, in this worker's chunks."""
-        arrays = [getattr(self, name) for name in Memory.NAMES]
-        gradients = self.gradients[:buffers]
+        vectors, gradients = list(self.vectors.values()), self.gradients[:buffers]
         if self.table is not None:
             d, n_rows = self.config.hidden_size, len(self.table)
-            tables = [array[: self.config.n_items * d].reshape(-1, d) for array in arrays]
+            tables = [vector[: self.config.n_items * d].reshape(-1, d) for vector in vectors]
             gradient_tables = gradients[:, : n_rows * d].reshape(-1, n_rows, d)
             for part in self._chunks(n_rows, UPDATE_SIZE // d + 1):
                 rows = self.table[part]
-                copies = [table[rows] for table in tables]  # written back below
-                adam_step(copies[0], sum_buffers(gradient_tables[:, part]), *copies[1:], step, learning_rate)
+                parameters, *moments = copies = [table[rows] for table in tables]  # written back below
+                adam_step(parameters, sum_buffers(gradient_tables[:, part]), *moments, step, learning_rate)
                 for table, updated in zip(tables, copies, strict=True):
                     table[rows] = updated
-            arrays = [array[self.config.n_items * d :] for array in arrays]
+            vectors = [vector[self.config.n_items * d :] for vector in vectors]
             gradients = gradients[:, n_rows * d :]
-        for part in self._chunks(len(arrays[0]), UPDATE_SIZE):
-            parameters, *moments = (array[part] for array in arrays)
+        for part in self._chunks(len(vectors[0]), UPDATE_SIZE):
+            parameters, *moments = (vector[part] for vector in vectors)
             adam_step(parameters, sum_buffers(gradients[:, part]), *moments, step, learning_rate)
 
     def _chunks(self, length, size):
@@ -279,14 +255,17 @@ def sum_buffers(gradients):
     return gradients[0]
 
 
-def serve(connection, others, memory, config, sequence, sampling, rank, n):
-    """A worker process, on NumPy: call the methods that the parent sends, until it closes the connection or is gone."""
+def serve(connection, others, *arguments):
+    """A worker process, on NumPy: call the methods that the parent sends, until it closes the connection or is gone.
+
+    others: connections of the parent's that this process holds copies of; arguments: those of Worker.
+    """
     for number in (signal.SIGINT, signal.SIGTERM):  # the parent handles them, after this step
         signal.signal(number, signal.SIG_IGN)
-    for other in others:  # copies of the parent's ends, which would keep the connections open after it
+    for other in others:  # else they would stay open after the parent
         other.close()
     with threadpool_limits(1, "blas"), contextlib.suppress(EOFError, OSError):
-        worker = Worker(memory, config, sequence, sampling, np, rank, n)
+        worker = Worker(*arguments)
         while True:
             method, arguments = connection.recv()
             try:
@@ -300,44 +279,45 @@ class Team:
     """All workers of a run, this process among them; a context manager.
 
     config, sequence, sampling, xp: see Worker; n: how many workers, at most one for each buffer (on a GPU: one);
-    ranks: the Ranks, each of which has such a team. The arrays of Memory are attributes here.
+    ranks: the Ranks, each of which has such a team. What all workers see are `vectors`, {name: [P]} of the parameters
+    and their moments, and `gradients`, one row a buffer of this rank: all V item rows, or those of a Sampling.
     """
 
     def __init__(self, config, sequence, xp, n, sampling=None, ranks=None):
         keep_freed_memory()
-        self.ranks = ranks or Ranks()
-        memory = Memory(config, xp, sampling.rows(config.n_items) if sampling else config.n_items, self.ranks)
-        n = min(n, len(memory.buffers))
-        self.xp, self.lead = xp, Worker(memory, config, sequence, sampling, xp, 0, n)
-        self.__dict__.update(memory.arrays())
+        self.xp, self.ranks = xp, ranks or Ranks()
+        buffers = range(self.ranks.rank, max(plan(xp).gradient_buffers, self.ranks.size), self.ranks.size)
+        table = replace(config, n_items=sampling.rows(config.n_items)) if sampling else config
+        size = len(VECTORS) * parameter_count(config) + len(buffers) * parameter_count(table)
+        memory, n = shared_floats(size) if xp is np else xp.zeros(size, xp.float32), min(n, len(buffers))
+        shared = (memory, buffers, config, sequence, sampling)
+        self.lead = Worker(*shared, 0, n, xp)
+        self.vectors, self.parameters = self.lead.vectors, self.lead.vectors["parameters"]
+        self.gradients = self.lead.gradients
         self.connections, self.processes = [], []
-        for rank in range(1, n):
-            ours, theirs = PROCESSES.Pipe()
-            self.connections.append(ours)
-            others = self.connections if PROCESSES.get_start_method() == "fork" else []
-            arguments = (theirs, others, memory, config, sequence, sampling, rank, n)
-            process = PROCESSES.Process(target=serve, args=arguments, daemon=True)
-            try:
-                process.start()
-            except OSError as error:
-                self._end()
-                raise UserError(f"no process for {n} workers ({error.strerror}); try fewer --workers") from None
-            self.processes.append(process)
-            theirs.close()  # so that the connection breaks if the worker dies
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(threadpool_limits(1, "blas"))
+            for rank in range(1, n):
+                ours, theirs = PROCESSES.Pipe()
+                self.connections.append(ours)
+                others = self.connections if PROCESSES.get_start_method() == "fork" else []
+                arguments = (theirs, others, *shared, rank, n)
+                process = PROCESSES.Process(target=serve, args=arguments, daemon=True)
+                try:
+                    process.start()
+                except OSError as error:
+                    raise UserError(f"no process for {n} workers ({error.strerror}); try fewer --workers") from None
+                self.processes.append(process)
+                theirs.close()  # so that the connection breaks if the worker dies
+                stack.callback(process.join)
+                stack.callback(ours.close)  # which ends the worker
+            self.exits = stack.pop_all()  # all have started: they end with the team
 
     def __enter__(self):
-        self.limits = threadpool_limits(1, "blas")
         return self
 
     def __exit__(self, *_):
-        self._end()
-        self.limits.restore_original_limits()
-
-    def _end(self):
-        for connection in self.connections:
-            connection.close()
-        for process in self.processes:
-            process.join()
+        self.exits.close()
 
     def _all(self, method, *arguments):
         """Call a method on every worker; return the results in the order of ranks."""

@@ -12,7 +12,7 @@ from minirec.data.split import Targets
 from minirec.errors import UserError
 from minirec.parameters import unflatten
 from minirec.training import runs
-from minirec.training.parallel import Memory, worker_map
+from minirec.training.parallel import worker_map
 from minirec.training.ranking import metrics, rank_targets
 from minirec.training.runs import SELECTED_BY
 from minirec.training.settings import model_config
@@ -30,8 +30,8 @@ class Progress:
         self.config, self.training = model_config(settings), settings["training"]
         self.writes = bool(folder) and team.ranks.rank == 0
         state, self.loaded, self.records, self.n_recorded = team.ranks.broadcast(self._load)
-        for name in Memory.NAMES:
-            getattr(team, name)[...] = backend.to_device(state[name], team.xp)
+        for name, vector in team.vectors.items():
+            vector[...] = backend.to_device(state[name], team.xp)
         # The loss of a step is the sum over the ranks. That of the steps before is kept by the first rank alone.
         losses = state["losses"] if team.ranks.rank == 0 else np.zeros(n_steps)
         self.losses = backend.to_device(losses, team.xp)
@@ -129,7 +129,7 @@ class Progress:
             self.best = flat.copy()
 
     def _save(self, losses):
-        arrays = {name: backend.to_host(getattr(self.team, name)) for name in Memory.NAMES}
+        arrays = {name: backend.to_host(vector) for name, vector in self.team.vectors.items()}
         arrays |= {"losses": losses, "step": np.int64(self.step), "seconds": np.float64(self.seconds)}
         save_state(self.folder, self.settings, arrays, keep_previous=self.loaded != runs.STATES[1])
         self.loaded = runs.STATES[0]

@@ -155,8 +155,8 @@ def initialise(team, config):
                 value[rows] = rng.normal(0, INIT_STD, value[rows].shape)
         else:
             value[...] = name.endswith("gamma")
-    team.first_moment[...] = 0
-    team.second_moment[...] = 0
+    for name in ("first_moment", "second_moment"):
+        team.vectors[name][...] = 0
 
 
 @contextmanager
