@@ -174,12 +174,11 @@ def read_json_lines(path):
     return read_json(path, parse=lambda text: [json.loads(line) for line in text.splitlines()])
 
 
-@contextlib.contextmanager
-def opened_arrays(path):
-    """Open an npz file; yield {name: (shape, dtype)}, and read(name), which returns that array.
+def read_arrays(path, expected=None):
+    """Read an npz file as {name: array}; expected: {name: kind(...)} of all that it must hold (None: anything).
 
-    At first only the headers of the arrays are read. What they announce must lie in the file, byte for byte, so that no
-    array takes more memory than the file is long. Raises UserError, also where a read(name) fails.
+    At first only the headers of the arrays are read. What they announce must be what is expected, and must lie in the
+    file, byte for byte, so that no array takes more memory than the file is long. Raises UserError.
     """
     with opened(path) as file:
         try:
@@ -187,12 +186,17 @@ def opened_arrays(path):
                 members = {member.filename.removesuffix(".npy"): member for member in archive.infolist()}
                 if sum(member.file_size for member in archive.infolist()) > os.fstat(file.fileno()).st_size:
                     raise ValueError("it announces more than it holds")
-
-                def read(name):
-                    with archive.open(members[name]) as array:
-                        return np.lib.format.read_array(array, allow_pickle=False)
-
-                yield {name: _read_header(archive, member) for name, member in members.items()}, read
+                headers = {name: _read_header(archive, member) for name, member in members.items()}
+                expected = expected or headers
+                for name in sorted(headers | expected):
+                    found, wanted = headers.get(name, "missing"), expected.get(name, "no array")
+                    if found != wanted:
+                        raise UserError(f"{path}: damaged, or of another version: {name} is {found}, expected {wanted}")
+                arrays = {}
+                for name, member in members.items():
+                    with archive.open(member) as array:
+                        arrays[name] = np.lib.format.read_array(array, allow_pickle=False)
+                return arrays
         except (UserError, MemoryError):
             raise
         except Exception as error:  # a damaged zip raises errors of many kinds
@@ -200,8 +204,13 @@ def opened_arrays(path):
             raise UserError(f"{path}: not a readable npz file ({reason})") from None
 
 
+def kind(dtype, shape):
+    """Return what an array is, as text: "float32 (200, 64)"."""
+    return f"{dtype} {shape}"
+
+
 def _read_header(archive, member):
-    """Return shape and dtype of an array in an npz file. Raises ValueError where its bytes cannot be those."""
+    """Return the kind of an array in an npz file. Raises ValueError where its bytes cannot be of that kind."""
     if member.compress_type != zipfile.ZIP_STORED:
         raise ValueError(f"{member.filename} is compressed")
     with archive.open(member) as file:
@@ -211,13 +220,7 @@ def _read_header(archive, member):
         size = dtype.itemsize * math.prod(shape)
         if dtype.hasobject or min(shape, default=0) < 0 or size != member.file_size - file.tell():
             raise ValueError(f"{member.filename} is not what its header says")
-    return shape, dtype
-
-
-def read_arrays(path):
-    """Read an npz file as {name: array}."""
-    with opened_arrays(path) as (headers, read):
-        return {name: read(name) for name in headers}
+    return kind(dtype, shape)
 
 
 # Folders

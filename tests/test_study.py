@@ -138,7 +138,7 @@ def test_a_study_of_an_older_version_is_summarised_where_its_runs_are_finished(f
     again = run_cli("study", "--data", log_path, *QUICK, "--out", "out", "--json", cwd=tmp_path)
     assert last_json(again) == printed and "6 of 6 runs are finished already" in again.stderr
     more = run_cli("study", "--data", log_path, *QUICK, "--epochs", 3, "--out", "out", cwd=tmp_path)
-    assert more.returncode == 1 and "state.npz: written by another version" in more.stderr
+    assert more.returncode == 1 and "state.npz: damaged, or of another version" in more.stderr
 
 
 def test_a_study_in_use_is_left_alone_by_a_second_process(log_path, tmp_path):

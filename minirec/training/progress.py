@@ -43,14 +43,11 @@ class Progress:
     def _load(self):
         """Return the state to go on from, its file's name, the records of the epochs before it, and how many records
         there are."""
-        state, name, records = None, None, []
+        state, name, records = initial_state(self.config, self.training["seed"], self.n_steps), None, []
         if self.folder:
-            state, name = load_state(self.folder, self.settings, self.n_steps)
-        state = state or initial_state(self.config, self.training["seed"], self.n_steps)
-        n_epochs = int(state["step"]) // self.n_steps
-        if self.folder:
-            records = runs.load_records(self.folder, n_epochs)
-        return state, name, records[:n_epochs], len(records)
+            state, name = load_state(self.folder, self.settings, state)
+            records = runs.load_records(self.folder, state["step"] // self.n_steps)
+        return state, name, records[: state["step"] // self.n_steps], len(records)
 
     def complete(self):
         """Whether training has come to its end: all epochs are done, or `patience` of them have passed since the best.

@@ -244,16 +244,8 @@ def load_parameters(folder, config, xp=np):
     path = folder / "checkpoint.npz"
     if not os.path.exists(path):
         raise UserError(f"{path}: no such file; the run has not finished an epoch: train --resume --out {folder}")
-    expected = {name: (shape, np.dtype(np.float32)) for name, shape in parameter_shapes(config).items()}
-    with files.opened_arrays(path) as (headers, read):
-        for name in sorted(expected | headers):
-            if name not in headers or name not in expected:
-                what = "missing" if name in expected else "no parameter"
-                raise UserError(f"{path}: {name} is {what}; config.json says otherwise")
-            if headers[name] != expected[name]:
-                (shape, dtype), (wanted, _) = headers[name], expected[name]
-                raise UserError(f"{path}: {name} is {dtype} {shape}, expected float32 {wanted}")
-        parameters = {name: read(name) for name in expected}
+    expected = {name: files.kind("float32", shape) for name, shape in parameter_shapes(config).items()}
+    parameters = files.read_arrays(path, expected)
     for name, value in parameters.items():
         if not np.isfinite(value).all():
             raise UserError(f"{path}: {name} holds values that are not finite; train the run again")
