@@ -58,7 +58,8 @@ def train(log, settings, folder=None, resume=False, on_step=None, on_epoch=None,
     # The workers start first: they must not inherit, and outlive, the lock on the run folder.
     xp, sampling = load_backend(training["backend"]), sampling_for(log, split, config, training)
     team = Team(config, log.sequence, xp, training["workers"], sampling, ranks)
-    with team, runs.opened(folder, resume) if folder and team.ranks.rank == 0 else nullcontext():
+    folder = folder if team.ranks.rank == 0 else None
+    with team, runs.opened(folder, resume) if folder else nullcontext():
         run = Progress(settings, folder, team, n_steps, log)  # at its beginning, or where it was stopped
         while not run.complete():
             epoch = len(run.records) + 1

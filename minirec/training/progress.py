@@ -22,13 +22,13 @@ from minirec.training.state import initial_state, load_state, save_state
 class Progress:
     """A run under way: how far it is, the losses of its current epoch, its records so far.
 
-    settings, folder, log: as in fit.train; team: the workers, whose parameters it sets; n_steps: S.
+    settings, log: as in fit.train; folder: where this process keeps the run, None: in memory; team: the workers, whose
+    parameters it sets; n_steps: S.
     """
 
     def __init__(self, settings, folder, team, n_steps, log):
         self.settings, self.folder, self.team, self.n_steps = settings, folder, team, n_steps
         self.config, self.training = model_config(settings), settings["training"]
-        self.writes = bool(folder) and team.ranks.rank == 0
         state, self.loaded, self.records, self.n_recorded = team.ranks.broadcast(self._load)
         for name, vector in team.vectors.items():
             vector[...] = backend.to_device(state[name], team.xp)
@@ -37,7 +37,7 @@ class Progress:
         self.losses = backend.to_device(losses, team.xp)
         self.step, self.seconds = int(state["step"]), float(state["seconds"])  # steps in all, seconds of this epoch
         self.best = None  # the best parameters, flat, where no folder keeps them
-        if self.writes:
+        if folder:
             runs.write_settings(folder, settings, log)
 
     def _load(self):
@@ -67,30 +67,25 @@ class Progress:
         epoch = {"epoch": len(self.records) + 1, "loss": float(losses.mean()), "steps": self.n_steps}
         self.records.append(epoch | {"train_seconds": self.seconds} | measured)
         self.seconds = 0.0
-        if self.team.ranks.rank > 0:
-            return
         # The record is written before the checkpoint that it describes, and the state is written last. A run that is
         # killed before that repeats this epoch, to the same bits.
-        if self.writes:
+        if self.folder:
             files.write_json_lines(self.folder / "metrics.jsonl", self.records)
         if best(self.records) is self.records[-1]:
             self._keep_parameters()
-        if self.writes:
-            self._save(losses)
+        self._keep_state(losses)
 
     def keep_unfinished(self, n_done):
         """Keep an epoch of which n_done steps are done, to go on from there."""
-        losses = self._finite_losses(n_done)
-        if self.writes:
-            self._save(losses)
-        if not self.records and self.team.ranks.rank == 0:
+        self._keep_state(self._finite_losses(n_done))
+        if not self.records:
             self._keep_parameters()
 
     def best_parameters(self):
-        """Return the parameters that were kept, {name: array} on the host; None on ranks that keep none."""
-        if self.best is not None:
-            return unflatten(self.best, self.config)
-        return runs.load_parameters(self.folder, self.config) if self.writes else None
+        """Return the parameters that were kept, {name: array} on the host; None where the first rank alone has them."""
+        if self.folder:
+            return runs.load_parameters(self.folder, self.config)
+        return None if self.best is None else unflatten(self.best, self.config)
 
     def _finite_losses(self, n_done):
         """Return the losses of this epoch's steps, [S] on the host, added up over all ranks.
@@ -120,12 +115,14 @@ class Progress:
     def _keep_parameters(self):
         """Keep the parameters as they are now: as checkpoint.npz, or without a folder in memory."""
         flat = backend.to_host(self.team.parameters)
-        if self.writes:
+        if self.folder:
             files.write_arrays(self.folder / "checkpoint.npz", unflatten(flat, self.config))
         else:
             self.best = flat.copy()
 
-    def _save(self, losses):
+    def _keep_state(self, losses):
+        if not self.folder:
+            return
         arrays = {name: backend.to_host(vector) for name, vector in self.team.vectors.items()}
         arrays |= {"losses": losses, "step": np.int64(self.step), "seconds": np.float64(self.seconds)}
         save_state(self.folder, self.settings, arrays, keep_previous=self.loaded != runs.STATES[1])
