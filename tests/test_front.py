@@ -1,6 +1,8 @@
 """The front of the library: a notebook's twelve lines, in a folder that is not the clone, from an installed wheel."""
 
+import inspect
 import os
+import re
 import subprocess
 import sys
 import warnings
@@ -174,6 +176,19 @@ def test_a_mistake_in_python_is_one_line(model, call, words):
     with pytest.raises(UserError, match=words) as error:
         call(model)
     assert "\n" not in str(error.value)
+
+
+def test_the_signature_of_fit_names_every_option_with_its_default(log):
+    parameters = inspect.signature(minirec.fit).parameters
+    assert list(parameters)[:4] == ["log", "attn", "seed", "folder"]
+    chosen = {"hidden": 64, "max_length": 50, "k_core": 1, "split": "leave-one-out", "epochs": 200, "workers": None}
+    assert {name: parameters[name].default for name in chosen} == chosen
+    told = minirec.fit.__doc__.split("attn:")[1]
+    for name, parameter in list(parameters.items())[1:]:
+        assert re.search(rf"\b{name}\b", "attn " + told), name
+        assert parameter.kind is not inspect.Parameter.VAR_KEYWORD
+    defaults = {name: parameters[name].default for name in list(parameters)[4:]}
+    assert minirec.fit(log, **defaults | QUIET).config.hidden_size == QUIET["hidden"]  # it takes what it names
 
 
 def test_an_item_that_the_model_does_not_know_is_left_out_aloud(model):

@@ -6,7 +6,7 @@ Everything random is derived from (seed, epoch) or (seed, step), never from a ge
 stops anywhere and is resumed ends in the same bits as one that did not stop.
 """
 
-import difflib
+import inspect
 import operator
 import sys
 import time
@@ -22,7 +22,7 @@ from minirec import backend, decompose, files, model
 from minirec.backend import load as load_backend
 from minirec.data.log import Log, filter_log, renumbered
 from minirec.data.split import SPLITS, Targets, batches, seen_items, training_windows
-from minirec.errors import UserError
+from minirec.errors import UserError, did_you_mean
 from minirec.parameters import Config
 from minirec.training import runs
 from minirec.training.baselines import rank_baselines
@@ -110,10 +110,9 @@ def sampling_for(log, split, config, training):
         seen = seen_items(log, split)
         n_seen = np.diff(seen.offsets)
         if n_without := int((n_seen == len(log.items)).sum()):
-            warnings.warn(
+            tell(
                 f"--loss bce: {n_without:,} of {len(n_seen):,} users were trained on all {len(log.items):,} items, so "
-                "their negatives are any items but the target",
-                stacklevel=3,
+                "their negatives are any items but the target"
             )
     largest_batch = training["batch_size"] * (config.max_length + 1)
     return Sampling(training["loss"], training["negatives"], seen, log.offsets, largest_batch)
@@ -131,6 +130,10 @@ def print_epoch(record):
     )
 
 
+OPTIONS = {name: getattr(Source, name) for name in SPLITTING} | {name: getattr(Training, name) for name in TRAINING}
+OPTIONS |= {name: getattr(Config, of_config) for name, of_config in SIZES.items()} | {"workers": None}
+
+
 def fit(log, attn=Config.attn, seed=Training.seed, folder=None, *, resume=False, on_epoch=print_epoch, **options):
     """Train on a Log, and return the Model that is best on validation.
 
@@ -146,7 +149,7 @@ def fit(log, attn=Config.attn, seed=Training.seed, folder=None, *, resume=False,
     """
     if not isinstance(log, Log):
         raise UserError(f"fit takes a Log, not {type(log).__name__}: read_log(path) or Log.from_columns makes one")
-    if unknown := set(options) - {*SPLITTING, *SIZES, *TRAINING}:
+    if unknown := options.keys() - OPTIONS:
         raise UserError(f"fit takes no {', '.join(sorted(unknown))}")
     source = Source(runs.LOG, **picked(options, SPLITTING))
     log = filter_log(log, source.k_core, source.drop_repeats)
@@ -155,6 +158,14 @@ def fit(log, attn=Config.attn, seed=Training.seed, folder=None, *, resume=False,
     settings = make_settings(replace(source, sha256=log.sha256()), len(log.items), options)
     records, _, parameters = train(log, settings, folder, resume, on_epoch=on_epoch, ranks=ranks)
     return Model(model_config(settings), parameters, log.items, settings, records, lambda: log, folder)
+
+
+# A notebook completes the names of **options, and shows their defaults.
+_named = {name: p for name, p in inspect.signature(fit).parameters.items() if name != "options"}
+_optional = [
+    inspect.Parameter(x, inspect.Parameter.KEYWORD_ONLY, default=OPTIONS[x]) for x in OPTIONS if x not in _named
+]
+fit.__signature__ = inspect.Signature([*_named.values(), *_optional])
 
 
 def load(folder, data=None, backend=Training.backend, read=runs.load_log):
@@ -279,12 +290,13 @@ class Model:
         starts, stops = moved[targets.starts], moved[targets.stops]
         has_target, has_history = moved[targets.stops + 1] > stops, stops > starts
         ranked = np.flatnonzero(has_target & has_history)
-        missed = {"unknown_targets": ~has_target, "unknown_histories": has_target & ~has_history}
-        missed = {name: int(count.sum()) for name, count in missed.items()}
-        words = ("targets are", "histories before a known target are all")
-        for count, what in zip(missed.values(), words, strict=True):
-            if count:
-                tell(f"{count:,} of {len(starts):,} {what} unknown to the model: they count as misses")
+        n, no_target, no_history = len(starts), int((~has_target).sum()), int((has_target & ~has_history).sum())
+        if no_target or no_history:
+            tell(
+                f"{no_target:,} of {n:,} targets are unknown to the model, {no_history:,} of {n:,} histories before a "
+                "known target are all unknown: they count as misses"
+            )
+        missed = {"unknown_targets": no_target, "unknown_histories": no_history}
         return known.sequence, Targets(targets.users[ranked], starts[ranked], stops[ranked]), ranked, missed
 
     def known_part(self, log):
@@ -314,22 +326,19 @@ class Model:
         if isinstance(history, str):  # whose characters are no items
             raise wrong
         try:
-            items = list(history)
-            known = [numbers.get(item) if isinstance(item, str) else operator.index(item) for item in items]
+            items = [numbers.get(item, item) if isinstance(item, str) else operator.index(item) for item in history]
         except TypeError:
             raise wrong from None
         if getattr(history, "dtype", None) != np.int32:  # as Log.history has them
-            for item in items:
-                if not isinstance(item, str) and numbers.get(str(item), item) != item:
-                    tell(f"history: {item} is the number of an item; for the item of that name write {str(item)!r}")
-                    break
-        unknown = [item for item, number in zip(items, known, strict=True) if number is None]
-        known = np.array([number for number in known if number is not None], int)
+            typed = (item for item in history if not isinstance(item, str))
+            if other := next((item for item in typed if numbers.get(str(item), item) != item), None):
+                tell(f"history: {other} is the number of an item; for the item of that name write '{other}'")
+        unknown = [item for item in items if isinstance(item, str)]
+        known = np.array([item for item in items if not isinstance(item, str)], int)
         if not len(known):
-            near = difflib.get_close_matches(unknown[0], self.items, 1) if unknown else []
-            named = f": {files.few(unknown)}" if unknown else ""
-            like = (near or self.items)[0]
-            raise UserError(f"history: the model knows none of its items{named}; items look like {like!r}")
+            near = did_you_mean("".join(unknown[:1]), self.items)
+            text = f"history: the model knows none of its items: {files.few(unknown) or 'it is empty'}"
+            raise UserError(f"{text}{near or f'; items look like {self.items[0]!r}'}")
         if not 0 <= known.min() <= known.max() < len(self.items):
             raise UserError(f"item numbers go from 0 to {len(self.items) - 1}")
         if unknown:
