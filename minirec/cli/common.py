@@ -59,11 +59,10 @@ class Commands(click.Group):
                 raise  # the reader of stdout has had enough; click ends quietly
             message = "out of memory; try a smaller --batch-size, --max-length or --hidden"
             message = message if isinstance(error, MemoryError) else one_line(error)
-            if launched_rank() is None:
-                raise click.ClickException(as_called(message)) from None
-            if launched_rank() > 0:
-                time.sleep(2)  # the first rank may have the same to say
-            click.echo(as_called(f"Error: rank {launched_rank()}: {message}"), err=True)
+            if launched_rank() is not None:
+                time.sleep(min(2 * launched_rank(), 2))  # the first rank may have the same to say
+                message = f"rank {launched_rank()}: {message}"
+            click.echo(as_called(f"Error: {message}"), err=True)
             abort()
             ctx.exit(1)
         except KeyboardInterrupt:

@@ -66,21 +66,19 @@ def train(ctx, out, resume, as_json, mpi_buffers, **chosen):
     """
     began = time.perf_counter()
     ranks = launched_ranks(mpi_buffers)
-    if ranks.size > 1 and not (out or resume):
-        out = ranks.broadcast(lambda: runs.new_folder(runs.log_name(chosen["data"]), chosen["attn"]))
-    folder = out or (runs.newest_folder("resume", ("config.json",)) if resume else None)
     if resume:
+        folder = out or runs.newest_folder("resume", ("config.json",))
         _take_over(ctx, chosen, folder)
-    source = log_source(chosen["data"], chosen)
+    else:
+        folder = out or ranks.broadcast(lambda: runs.new_folder(runs.log_name(chosen["data"]), chosen["attn"]))
+    source, chosen["workers"] = log_source(chosen["data"], chosen), chosen["workers"] or workers_for(ranks)
     try:
-        make_settings(source, 1, chosen)
+        settings = make_settings(source, 1, chosen)
     except UserError as error:
         raise click.UsageError(str(error)) from None
-    log, chosen["workers"] = load_log(source), chosen["workers"] or workers_for(ranks)
-    settings = make_settings(source, len(log.items), chosen)
-    config = model_config(settings)
-    folder = folder or runs.new_folder(runs.log_name(chosen["data"]), config.attn)
-    split = runs.split_log(log, settings)
+    log = load_log(source)
+    settings["model"]["n_items"] = len(log.items)
+    config, split = model_config(settings), runs.split_log(log, settings)
     say(f"{source.path}: {len(log.users):,} users, {len(log.items):,} items, {len(log.sequence):,} interactions")
     parts = [len(training_windows(log, split, config.max_length)[0]), len(split.valid.users), len(split.test.users)]
     if min(parts) < len(log.users):
@@ -177,5 +175,4 @@ def _train_with_progress(log, settings, folder, resume, asked_to_stop, ranks):
             elif not launched_rank():
                 print_epoch(record)
 
-        stop = asked_to_stop.is_set if ranks.size == 1 else None
-        return train_model(log, settings, folder, resume, on_step, on_epoch, stop, ranks)
+        return train_model(log, settings, folder, resume, on_step, on_epoch, asked_to_stop.is_set, ranks)
