@@ -1,22 +1,28 @@
 """A training run under way: what it keeps, in memory or in its folder, so that it can be stopped anywhere and go on.
 
-Symbols: S steps an epoch, M evaluated users.
+    state.npz            all that it needs to go on to the same bits
+    state.previous.npz   the one before, should the newest be damaged
+
+Symbols: P parameters, S steps an epoch, M evaluated users.
 """
 
+import math
 import time
+import warnings
 
 import numpy as np
 
 from minirec import backend, files
 from minirec.data.split import Targets
 from minirec.errors import UserError
-from minirec.parameters import unflatten
+from minirec.parameters import init_parameters, parameter_count, unflatten
 from minirec.training import runs
 from minirec.training.parallel import worker_map
 from minirec.training.ranking import metrics, rank_targets
 from minirec.training.runs import SELECTED_BY
-from minirec.training.settings import model_config
-from minirec.training.state import initial_state, load_state, save_state
+from minirec.training.settings import model_config, settings_fingerprint
+
+VERSION = 2  # of a state; 1 said neither its version nor its settings
 
 
 class Progress:
@@ -121,12 +127,17 @@ class Progress:
             self.best = flat.copy()
 
     def _keep_state(self, losses):
+        """Write state.npz, with the version and the settings that it belongs to, where a folder keeps the run.
+
+        The state before stays, as state.previous.npz, unless it is damaged itself.
+        """
         if not self.folder:
             return
-        arrays = {name: backend.to_host(vector) for name, vector in self.team.vectors.items()}
+        arrays = origin(self.settings) | {name: backend.to_host(x) for name, x in self.team.vectors.items()}
         arrays |= {"losses": losses, "step": np.int64(self.step), "seconds": np.float64(self.seconds)}
-        save_state(self.folder, self.settings, arrays, keep_previous=self.loaded != runs.STATES[1])
-        self.loaded = runs.STATES[0]
+        newest, previous = (self.folder / name for name in runs.STATES)
+        files.write_arrays(newest, arrays, previous if self.loaded != previous.name else None)
+        self.loaded = newest.name
 
 
 def best(records):
@@ -148,3 +159,59 @@ def check_finite(losses, steps_before, training):
             f"the loss is {losses[bad[0]]} at step {steps_before + bad[0] + 1} (lr {training['lr']}, "
             f"seed {training['seed']}): try a smaller --lr; what earlier epochs reached is kept"
         )
+
+
+# The state
+
+
+def initial_state(config, seed, n_steps):
+    """Return the arrays of a run before its first step; n_steps: S."""
+    zeros = np.zeros(parameter_count(config), np.float32)
+    return {
+        "parameters": np.concatenate([value.reshape(-1) for value in init_parameters(config, seed).values()]),  # [P]
+        "first_moment": zeros,  # [P]
+        "second_moment": zeros,  # [P]
+        "losses": np.zeros(n_steps),  # [S] of the current epoch's steps
+        "step": np.int64(0),  # steps done in all
+        "seconds": np.float64(0),  # spent in the current epoch's steps
+    }
+
+
+def origin(settings):
+    """Return what a state says of where it comes from, as arrays."""
+    return {"version": np.int64(VERSION), "settings": np.str_(settings_fingerprint(settings))}
+
+
+def load_state(folder, settings, initial):
+    """Return the arrays of the newest good state and the name of its file; `initial` and None where there is no state.
+
+    What is wrong with a newer one is a warning. Raises UserError where the run has other settings than `settings`,
+    or where no state is good.
+    """
+    if not any((folder / name).exists() for name in runs.STATES):
+        return initial, None
+    runs.check_same(folder, settings)
+    refused = []
+    for name in runs.STATES:
+        try:
+            state = read_state(folder / name, settings, initial)
+        except UserError as error:
+            refused.append(str(error))
+        else:
+            if refused:
+                warnings.warn(f"{refused[0]}; going on from {name}", stacklevel=2)
+            return state, name
+    raise UserError(f"{'; '.join(refused)}; there is no other state to go on from: start anew with another --out")
+
+
+def read_state(path, settings, initial):
+    """Return the arrays of a state file. Raises UserError where it is damaged, of another version or other settings."""
+    expected = initial | origin(settings)
+    state = files.read_arrays(path, {name: files.kind(x.dtype, x.shape) for name, x in expected.items()})
+    if state["version"] != expected["version"]:
+        raise UserError(f"{path}: written by another version of minirec")
+    if state["settings"] != expected["settings"]:
+        raise UserError(f"{path}: the state of a run with other settings")
+    if state["step"] < 0 or not 0 <= state["seconds"] < math.inf:
+        raise UserError(f"{path}: damaged: step {state['step']}, {state['seconds']} seconds")
+    return state

@@ -4,7 +4,7 @@
     items.json           item names; their order is the model's numbering
     metrics.jsonl        one line an epoch
     checkpoint.npz       the parameters that did best on validation
-    state.npz            all that resuming needs (see state.py)
+    state.npz            all that resuming needs (see progress.py)
     state.previous.npz   the state before that one, should it be damaged
     log.npz              the log, where it was no file but an object in memory
 
