@@ -393,7 +393,8 @@ def test_a_folder_without_a_state_is_started_afresh_and_keeps_nothing_of_another
     train(log, settings, tmp_path / "whole")
     settings["training"] |= {"seed": 5, "epochs": 4}
     train(log, settings, tmp_path / "run")
-    (tmp_path / "run/state.npz").unlink()
+    for name in runs.STATES:
+        (tmp_path / "run" / name).unlink()
     settings["training"] |= {"seed": 1, "epochs": 3}
     steps = []
     train(log, settings, tmp_path / "run", on_step=lambda *_: steps.append(sorted(os.listdir(tmp_path / "run"))))

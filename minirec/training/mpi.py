@@ -42,14 +42,12 @@ class Ranks:
             return
         from mpi4py import MPI
 
-        if isinstance(x, np.ndarray) or self.buffers == "device":
-            if not isinstance(x, np.ndarray):
-                get_array_module(x).cuda.get_current_stream().synchronize()
-            self.communicator.Allreduce(MPI.IN_PLACE, x)
-        else:
-            host = to_host(x)
-            self.communicator.Allreduce(MPI.IN_PLACE, host)
-            x[...] = to_device(host, get_array_module(x))
+        passed, xp = x if self.buffers == "device" else to_host(x), get_array_module(x)
+        if xp is not np:
+            xp.cuda.get_current_stream().synchronize()
+        self.communicator.Allreduce(MPI.IN_PLACE, passed)
+        if passed is not x:
+            x[...] = to_device(passed, xp)
 
     def gather(self, value):
         """Return the values of all ranks, in order, on each of them."""
@@ -72,10 +70,8 @@ def launched_ranks(buffers="host"):
     try:
         from mpi4py import MPI
     except (ImportError, RuntimeError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(
-            f"started by an MPI launcher, but without mpi4py ({reason}): pip install 'minirec[mpi]'"
-        ) from None
+        found = f"an MPI launcher, but no mpi4py ({str(error).splitlines()[0]})"
+        raise UserError(f"started by {found}: pip install 'minirec[mpi]'") from None
     return Ranks(MPI.COMM_WORLD, buffers)
 
 

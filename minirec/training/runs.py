@@ -31,7 +31,8 @@ from minirec.training.settings import LATER, Range, Source, check_settings, fixe
 
 STATES = ("state.npz", "state.previous.npz")  # the newest first
 LOG = "log.npz"
-FILES = ("config.json", "items.json", "metrics.jsonl", "checkpoint.npz", LOG, *STATES)
+RESULTS = ("metrics.jsonl", "checkpoint.npz")
+FILES = ("config.json", "items.json", LOG, *RESULTS, *STATES)
 RUNS = Path("runs")
 SELECTED_BY = "NDCG@10"  # on validation: it picks the checkpoint and stops the run
 RECORDED = {"epoch", "loss", "steps", "train_seconds", SELECTED_BY}  # what a line of metrics.jsonl holds at least
@@ -65,11 +66,8 @@ def newest_folder(command, holding=("checkpoint.npz",)):
     folders = {path.parent for name in holding for path in RUNS.glob(f"*/{name}")}
     if not folders:
         raise UserError(f"no run in {RUNS}/ to {command}; make one with: python cli.py train")
-
-    def last_written(folder):
-        return max(f.lstat().st_mtime_ns for f in folder.iterdir() if f.name in (*FILES, *holding))
-
-    return max(folders, key=last_written)
+    written = [path for folder in folders for path in folder.iterdir() if path.name in (*FILES, *holding)]
+    return max(written, key=lambda path: path.lstat().st_mtime_ns).parent
 
 
 @contextlib.contextmanager
@@ -81,24 +79,21 @@ def opened(folder, resume):
     """
     files.make_folder(folder)
     with files.naming(folder, "cannot be used as a run folder"):
-        names = sorted(f.name for f in folder.iterdir())
+        names = sorted(path.name for path in folder.iterdir())
     strangers = [name for name in names if name.removeprefix(".").removesuffix(".tmp") not in FILES]
     if strangers and not (folder / "config.json").exists():
         raise UserError(f"{folder}: holds {strangers[0]} and no run; choose a new or empty folder")
     for name in FILES:
         files.check_regular(folder / name)
     with files.locked(folder):
-        state, previous = ((folder / name).exists() for name in STATES)
-        if state and not resume:
+        has_state = any((folder / name).exists() for name in STATES)
+        if has_state and not resume:
             raise UserError(f"{folder}: holds a run already; add --resume to continue it, or choose another --out")
-        stale = list(folder.glob(".*.tmp"))
-        if not state and not (resume and previous):
-            stale += [folder / name for name in ("metrics.jsonl", "checkpoint.npz", "state.previous.npz")]
-        for path in stale:
+        for path in [*folder.glob(".*.tmp"), *([] if has_state else (folder / name for name in RESULTS))]:
             with files.naming(path, "cannot be removed"):
                 path.unlink(missing_ok=True)
         try:
-            yield folder
+            yield
         finally:
             with contextlib.suppress(OSError):
                 folder.rmdir()  # only an empty folder can be removed: that of a run which could not start
