@@ -127,11 +127,10 @@ def _take_over(ctx, chosen, folder):
         say(f"{folder}: no run to go on with yet, so one is started")
         return
     settings = runs.load_settings(folder)
-    model, data = settings["model"], settings["data"]
-    before = settings["training"] | data | {option: model[name] for option, name in SIZES.items()}
-    before["data"] = str(folder / data["path"]) if os.path.basename(data["path"]) == runs.LOG else data["path"]
+    source = runs.find_log(folder, settings, chosen["data"] if "data" in typed else None)
+    before = settings["training"] | settings["data"] | {"data": source.path}
+    before |= {option: settings["model"][name] for option, name in SIZES.items()}
     chosen |= {name: before[name] for name in set(chosen) - typed - {"workers"}}
-    runs.find_log(folder, settings, chosen["data"] if "data" in typed else None)
 
 
 @contextmanager

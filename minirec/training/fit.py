@@ -331,7 +331,8 @@ class Model:
             raise wrong from None
         if getattr(history, "dtype", None) != np.int32:  # as Log.history has them
             typed = (item for item in history if not isinstance(item, str))
-            if other := next((item for item in typed if numbers.get(str(item), item) != item), None):
+            other = next((item for item in typed if numbers.get(str(item), item) != item), None)
+            if other is not None:
                 tell(f"history: {other} is the number of an item; for the item of that name write '{other}'")
         unknown = [item for item in items if isinstance(item, str)]
         known = np.array([item for item in items if not isinstance(item, str)], int)

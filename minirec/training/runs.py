@@ -89,7 +89,10 @@ def opened(folder, resume):
         has_state = any((folder / name).exists() for name in STATES)
         if has_state and not resume:
             raise UserError(f"{folder}: holds a run already; add --resume to continue it, or choose another --out")
-        for path in [*folder.glob(".*.tmp"), *([] if has_state else (folder / name for name in RESULTS))]:
+        stale = list(folder.glob(".*.tmp"))
+        if not has_state:
+            stale += [folder / name for name in RESULTS]
+        for path in stale:
             with files.naming(path, "cannot be removed"):
                 path.unlink(missing_ok=True)
         try:
