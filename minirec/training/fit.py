@@ -90,9 +90,7 @@ def check_trainable(starts, split):
     if not len(split.valid.users):
         raise UserError("nothing to validate on: no user has three interactions, of which two are held out")
     if not len(starts):
-        raise UserError(
-            "nothing to train on: no user has two interactions besides those held out for validation and test"
-        )
+        raise UserError("nothing to train on: besides what is held out, no user has two interactions")
 
 
 def sampling_for(log, split, config, training):
@@ -123,11 +121,9 @@ def sampling_for(log, split, config, training):
 
 def print_epoch(record):
     """Print an epoch's record as a line on stderr."""
-    print(
-        f"epoch {record['epoch']:3d}  loss {record['loss']:.4f}  valid HR@10 {record['HR@10']:.4f} "
-        f"{SELECTED_BY} {record[SELECTED_BY]:.4f}  {record['train_seconds']:.1f} s",
-        file=sys.stderr,
-    )
+    valid = f"valid HR@10 {record['HR@10']:.4f} {SELECTED_BY} {record[SELECTED_BY]:.4f}"
+    text = f"epoch {record['epoch']:3d}  loss {record['loss']:.4f}  {valid}  {record['train_seconds']:.1f} s"
+    print(text, file=sys.stderr)
 
 
 OPTIONS = {name: getattr(Source, name) for name in SPLITTING} | {name: getattr(Training, name) for name in TRAINING}
@@ -304,16 +300,12 @@ class Model:
         known, moved = renumbered(log, self.items)
         left_out = len(log.sequence) - len(known.sequence)
         if not len(known.sequence):
-            raise UserError(
-                f"the model knows none of its {len(log.items):,} items, such as {log.items[0]!r}; "
-                f"those that it knows look like {self.items[0]!r}"
-            )
+            theirs = f"its {len(log.items):,} items, such as {log.items[0]!r}"
+            raise UserError(f"the model knows none of {theirs}; those that it knows look like {self.items[0]!r}")
         if left_out:
-            n_unknown = len(set(log.items).difference(self.items))
-            tell(
-                f"{n_unknown:,} of its {len(log.items):,} items are unknown to the model: "
-                f"left out, with {left_out:,} of {len(log.sequence):,} interactions"
-            )
+            unknown = f"{len(set(log.items).difference(self.items)):,} of its {len(log.items):,} items"
+            interactions = f"{left_out:,} of {len(log.sequence):,} interactions"
+            tell(f"{unknown} are unknown to the model: left out, with {interactions}")
         return known, moved
 
     def history(self, history):

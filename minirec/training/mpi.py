@@ -55,9 +55,8 @@ class Ranks:
 
     def broadcast(self, compute):
         """Return compute() of rank 0 on all ranks."""
-        if self.size == 1:
-            return compute()
-        return self.communicator.bcast(compute() if self.rank == 0 else None)
+        value = compute() if self.rank == 0 else None
+        return self.communicator.bcast(value) if self.size > 1 else value
 
 
 def launched_ranks(buffers="host"):

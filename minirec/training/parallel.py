@@ -90,19 +90,16 @@ def worker_map(n, xp):
         if n == 1 or xp is not np:
             yield map
             return
-        pool = ThreadPoolExecutor(n)
+        with ThreadPoolExecutor(n) as pool:
 
-        def run(function, values):
-            results = (pool.submit(function, value) for value in values)
-            waiting = deque(islice(results, AHEAD * n))
-            while waiting:
-                yield waiting.popleft().result()
-                waiting.extend(islice(results, 1))
+            def run(function, values):
+                results = (pool.submit(function, value) for value in values)
+                waiting = deque(islice(results, AHEAD * n))
+                while waiting:
+                    yield waiting.popleft().result()
+                    waiting.extend(islice(results, 1))
 
-        try:
             yield run
-        finally:
-            pool.shutdown(cancel_futures=True)
 
 
 class Sampling(NamedTuple):

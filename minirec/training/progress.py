@@ -155,10 +155,9 @@ def check_finite(losses, steps_before, training):
     """Raise UserError where one of an epoch's losses is NaN or infinite, naming the first such step."""
     bad = np.flatnonzero(~np.isfinite(losses))
     if len(bad):
-        raise UserError(
-            f"the loss is {losses[bad[0]]} at step {steps_before + bad[0] + 1} (lr {training['lr']}, "
-            f"seed {training['seed']}): try a smaller --lr; what earlier epochs reached is kept"
-        )
+        where = f"step {steps_before + bad[0] + 1} (lr {training['lr']}, seed {training['seed']})"
+        remedy = "try a smaller --lr; what earlier epochs reached is kept"
+        raise UserError(f"the loss is {losses[bad[0]]} at {where}: {remedy}")
 
 
 # The state

@@ -117,12 +117,12 @@ def embedded_log(path):
     return read_kept_log(path) if os.path.basename(path) == LOG else None
 
 
-def fingerprint(path):
-    """Return the SHA-256 of a log's file, or of the content of a log that is none."""
+def fingerprint(path, hint=""):
+    """Return the SHA-256 of a log's file, or of the content of a log that is none; hint: see files.fingerprint."""
     log = embedded_log(path)
     if log is not None:
         return log.sha256()
-    return files.fingerprint(path, did_you_mean(path, planted.DATASETS))
+    return files.fingerprint(path, did_you_mean(path, planted.DATASETS) + hint)
 
 
 def load_log(source, progress=None, to_split=True):
@@ -151,10 +151,7 @@ def find_log(folder, settings, data_path=None, another=False):
     """
     source = Source(**settings["data"])
     path = data_path or (str(folder / source.path) if os.path.basename(source.path) == LOG else source.path)
-    try:
-        sha256 = fingerprint(path)
-    except UserError as error:
-        raise UserError(f"{error}" if data_path else f"{error}; say where the log is now with --data") from None
+    sha256 = fingerprint(path, "" if data_path else "; say where the log is now with --data")
     if sha256 != source.sha256 and not (another and data_path):
         remedy = "name that one with --data" + (", or this one to take it as it is now" if another else "")
         raise UserError(f"{path}: not the log that {folder} was trained on; {remedy}")
@@ -226,15 +223,11 @@ def check_same(folder, settings):
     """Raise UserError where the run in a folder was trained with other settings."""
     wanted, before = (fixed_settings(s) for s in (settings, load_settings(folder)))
     if wanted["protocol"] != before["protocol"]:
-        raise UserError(
-            f"{folder}: trained by an older version, with other initial weights; it cannot go on: choose another --out"
-        )
+        raise UserError(f"{folder}: trained by an older version, and cannot go on: choose another --out")
     for name in wanted:
         if wanted[name] != before.get(name):
-            raise UserError(
-                f"{folder}: was trained with {name} {before.get(name)}, not {wanted[name]}; "
-                "resume it as it began, or choose another --out"
-            )
+            difference = f"was trained with {name} {before.get(name)}, not {wanted[name]}"
+            raise UserError(f"{folder}: {difference}; resume it as it began, or choose another --out")
 
 
 def load_parameters(folder, config, xp=np):
