@@ -13,16 +13,12 @@ import numpy as np
 from minirec.backend import get_array_module, to_device, to_host
 from minirec.errors import UserError
 
-LAUNCHED = {  # the environment variables that launchers set: {one that tells of a launch: the one with the rank}
-    "OMPI_COMM_WORLD_SIZE": "OMPI_COMM_WORLD_RANK",
-    "PMI_SIZE": "PMI_RANK",
-    "PMIX_RANK": "PMIX_RANK",
-}
+LAUNCHED = ("OMPI_COMM_WORLD_RANK", "PMI_RANK", "PMIX_RANK")  # the environment variables in which launchers put a rank
 
 
 def launched_rank():
     """Return this process's rank where an MPI launcher started it, else None. MPI itself is not imported."""
-    return next((int(os.environ.get(rank, 0)) for size, rank in LAUNCHED.items() if size in os.environ), None)
+    return next((int(os.environ[name]) for name in LAUNCHED if name in os.environ), None)
 
 
 class Ranks:

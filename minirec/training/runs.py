@@ -247,10 +247,10 @@ def load_items(folder, config):
     """Return the item names of a run, in the model's numbering."""
     path = folder / "items.json"
     items = files.read_json(path, (config.n_items + 1) * LONGEST_ITEM)
-    if not isinstance(items, list) or len(items) != config.n_items or not all(isinstance(i, str) for i in items):
-        raise UserError(f"{path}: expected a list of {config.n_items} names")
-    if any(CONTROL.search(item) for item in items):
-        raise UserError(f"{path}: a name in it holds control characters, which no log has")
+    candidates = items if isinstance(items, list) else []
+    names = [item for item in candidates if isinstance(item, str) and not CONTROL.search(item)]
+    if names != items or len(names) != config.n_items:
+        raise UserError(f"{path}: expected a list of {config.n_items} names without control characters")
     return items
 
 
