@@ -28,7 +28,7 @@ from minirec.training import ranking, runs
 from minirec.training.fit import train
 from minirec.training.mpi import Ranks
 from minirec.training.parallel import Team
-from minirec.training.progress import best, check_finite, finished
+from minirec.training.progress import best, finished
 
 FILES = sorted(set(runs.FILES) - {runs.LOG})
 DEAD = 77  # an exit status
@@ -505,9 +505,12 @@ def test_users_without_an_unseen_item_are_told_of_and_a_single_item_is_refused(s
     assert not (tmp_path / "one").exists()
 
 
-def test_a_loss_that_is_not_finite_names_its_step():
-    with pytest.raises(UserError, match="nan at step 13 .lr 0.1, seed 0.*--lr"):
-        check_finite(np.array([1.0, 2.0, np.nan, np.nan]), 10, {"lr": 0.1, "seed": 0})
+def test_the_first_loss_that_is_not_finite_is_named_by_its_step(small, tmp_path, monkeypatch):
+    log, settings = small
+    compute, losses = Team.compute_gradients, iter([1.0] * 6 + [np.nan, np.inf])
+    monkeypatch.setattr(Team, "compute_gradients", lambda *arguments: compute(*arguments) * 0 + next(losses))
+    with pytest.raises(UserError, match="not finite at step 7 .lr 0.01, seed 1.*--lr"):  # of the second epoch's 5 to 8
+        train(log, settings, tmp_path / "run")
 
 
 def test_a_checkpoint_is_verified_against_the_settings(small, tmp_path):

@@ -153,19 +153,16 @@ def interruptible():
 
 
 def _train_with_progress(log, settings, folder, resume, asked_to_stop, ranks):
-    """Train under a bar that shows epoch, loss, validation and speed; without a terminal, a line an epoch."""
-    epochs, shown, records = settings["training"]["epochs"], {"at": time.perf_counter(), "steps": 0}, []
-    terminal = on_terminal()
-    with progress("training", epochs) as update:
+    """Train under a bar that shows epoch, step, loss and validation; without a terminal, a line an epoch."""
+    terminal, drawn, records = on_terminal(), time.perf_counter(), []
+    with progress("training", settings["training"]["epochs"]) as update:
 
         def on_step(epoch, i, n_steps, loss):
-            now = time.perf_counter()
-            shown["steps"] += 1
-            if terminal and now - shown["at"] > 0.5:  # reading the loss waits for a GPU: not at every step
-                speed = shown["steps"] / (now - shown["at"])
+            nonlocal drawn
+            if terminal and time.perf_counter() - drawn > 0.5:  # reading the loss waits for a GPU: not at every step
+                drawn = time.perf_counter()
                 valid = f", valid {SELECTED_BY} {best(records)[SELECTED_BY]:.4f}" if records else ""
-                update(0, f"epoch {epoch} step {i}/{n_steps} loss {float(loss):.3f}{valid}, {speed:.0f} steps/s")
-                shown.update(at=now, steps=0)
+                update(0, f"epoch {epoch} step {i}/{n_steps} loss {float(loss):.3f}{valid}")
 
         def on_epoch(record):
             records.append(record)

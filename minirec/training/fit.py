@@ -11,7 +11,7 @@ import operator
 import sys
 import time
 import warnings
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -187,10 +187,9 @@ def workers_for(ranks):
 # What comes out
 
 
-@contextmanager
 def silent(length):
-    """Yield a function of a number that does nothing, for those who do not want to see progress."""
-    yield lambda n: None
+    """Return a context of a function of a number that does nothing, for those who do not want to see progress."""
+    return nullcontext(lambda n: None)
 
 
 @dataclass
@@ -239,12 +238,12 @@ class Model:
         """
         filter_seen = self.filters_seen(filter_seen)
         targets, ranks, missed = self._rank(log, part, filter_seen, workers, progress)
-        result = {"split": part} | metrics(ranks) | {"users": len(ranks), "unreachable": int((ranks == MISS).sum())}
-        result |= missed | {"attn": list(self.config.weightings), "filter_seen": filter_seen, "baselines": {}}
+        counted = {}
         if log is None:
             counted = rank_baselines(self.log, runs.split_log(self.log, self.settings), targets, filter_seen)
-            result["baselines"] = {name: metrics(counts) for name, counts in counted.items()}
-        return result
+        result = {"split": part} | metrics(ranks) | {"users": len(ranks), "unreachable": int((ranks == MISS).sum())}
+        result |= missed | {"attn": list(self.config.weightings), "filter_seen": filter_seen}
+        return result | {"baselines": {name: metrics(values) for name, values in counted.items()}}
 
     def ranks(self, part="test", workers=None):
         """Return the rank [M] of each target of the log that was trained on: 0 = best, ranking.MISS = no candidate."""

@@ -102,9 +102,14 @@ class Progress:
         losses = backend.to_host(self.losses).copy()  # waits for the device: all steps are done after it
         self.team.ranks.allreduce(losses)
         self.seconds += time.perf_counter() - began
-        finite = bool(self.team.xp.isfinite(self.team.parameters).all())
-        done = losses[:n_done] if finite else np.append(losses[:n_done], np.nan)
-        check_finite(done, self.step - n_done, self.training)
+        # Parameters that are not finite make the next step's loss so.
+        finite = np.append(np.isfinite(losses[:n_done]), bool(self.team.xp.isfinite(self.team.parameters).all()))
+        if not finite.all():
+            where = f"step {self.step - n_done + finite.argmin() + 1}"
+            how = f"lr {self.training['lr']}, seed {self.training['seed']}"
+            raise UserError(
+                f"the loss is not finite at {where} ({how}): try a smaller --lr; what earlier epochs reached is kept"
+            )
         return losses
 
     def _rank(self, sequence, targets):
@@ -149,15 +154,6 @@ def finished(records, training):
     """Whether all epochs are done, or `patience` of them have passed since the best one."""
     n = len(records)
     return n >= training["epochs"] or (n > 0 and n - best(records)["epoch"] >= training["patience"])
-
-
-def check_finite(losses, steps_before, training):
-    """Raise UserError where one of an epoch's losses is NaN or infinite, naming the first such step."""
-    bad = np.flatnonzero(~np.isfinite(losses))
-    if len(bad):
-        where = f"step {steps_before + bad[0] + 1} (lr {training['lr']}, seed {training['seed']})"
-        remedy = "try a smaller --lr; what earlier epochs reached is kept"
-        raise UserError(f"the loss is {losses[bad[0]]} at {where}: {remedy}")
 
 
 # The state
