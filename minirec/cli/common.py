@@ -106,12 +106,10 @@ def progress(label, length, least=0):
         yield bar.update
 
 
-@contextmanager
 def reading(path):
-    """Yield what read_log calls with the bytes that it has read; a bar for files that take a while."""
+    """Return the progress of reading a file, to be moved by bytes; a bar for files that take a while."""
     size = os.path.getsize(path) if os.path.isfile(path) else 0
-    with progress(f"reading {path}", size, least=1 << 24) as update:
-        yield update
+    return progress(f"reading {path}", size, least=1 << 24)
 
 
 def log_source(path, options):
