@@ -52,8 +52,8 @@ class Progress:
         state, name, records = initial_state(self.config, self.training["seed"], self.n_steps), None, []
         if self.folder:
             state, name = load_state(self.folder, self.settings, state)
-            records = runs.load_records(self.folder, state["step"] // self.n_steps)
-        return state, name, records[: state["step"] // self.n_steps], len(records)
+            records = runs.load_records(self.folder, int(state["step"]) // self.n_steps)
+        return state, name, records[: int(state["step"]) // self.n_steps], len(records)
 
     def complete(self):
         """Whether training has come to its end: all epochs are done, or `patience` of them have passed since the best.
