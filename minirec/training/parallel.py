@@ -272,8 +272,8 @@ def serve(connection, others, *arguments):
             connection.send(result)
 
 
-class Team:
-    """All workers of a run, this process among them; a context manager.
+class Team(contextlib.ExitStack):
+    """All workers of a run, this process among them; a context manager, whose end is theirs.
 
     config, sequence, sampling, xp: see Worker; n: how many workers, at most one for each buffer (on a GPU: one);
     ranks: the Ranks, each of which has such a team. What all workers see are `vectors`, {name: [P]} of the parameters
@@ -281,6 +281,7 @@ class Team:
     """
 
     def __init__(self, config, sequence, xp, n, sampling=None, ranks=None):
+        super().__init__()
         keep_freed_memory()
         self.xp, self.ranks = xp, ranks or Ranks()
         buffers = range(self.ranks.rank, max(plan(xp).gradient_buffers, self.ranks.size), self.ranks.size)
@@ -292,29 +293,22 @@ class Team:
         self.vectors, self.parameters = self.lead.vectors, self.lead.vectors["parameters"]
         self.gradients = self.lead.gradients
         self.connections, self.processes = [], []
-        with contextlib.ExitStack() as stack:
-            stack.enter_context(threadpool_limits(1, "blas"))
-            for rank in range(1, n):
-                ours, theirs = PROCESSES.Pipe()
-                self.connections.append(ours)
-                others = self.connections if PROCESSES.get_start_method() == "fork" else []
-                arguments = (theirs, others, *shared, rank, n)
-                process = PROCESSES.Process(target=serve, args=arguments, daemon=True)
-                try:
-                    process.start()
-                except OSError as error:
-                    raise UserError(f"no process for {n} workers ({error.strerror}); try fewer --workers") from None
-                self.processes.append(process)
-                theirs.close()  # so that the connection breaks if the worker dies
-                stack.callback(process.join)
-                stack.callback(ours.close)  # which ends the worker
-            self.exits = stack.pop_all()  # all have started: they end with the team
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        self.exits.close()
+        self.enter_context(threadpool_limits(1, "blas"))
+        for rank in range(1, n):
+            ours, theirs = PROCESSES.Pipe()
+            self.connections.append(ours)
+            others = self.connections if PROCESSES.get_start_method() == "fork" else []
+            arguments = (theirs, others, *shared, rank, n)
+            process = PROCESSES.Process(target=serve, args=arguments, daemon=True)
+            try:
+                process.start()
+            except OSError as error:
+                self.close()
+                raise UserError(f"no process for {n} workers ({error.strerror}); try fewer --workers") from None
+            self.processes.append(process)
+            theirs.close()  # so that the connection breaks if the worker dies
+            self.callback(process.join)
+            self.callback(ours.close)  # called first: it ends the worker
 
     def _all(self, method, *arguments):
         """Call a method on every worker; return the results in the order of ranks."""
