@@ -441,7 +441,7 @@ MISTAKES = {
         1,
         "none of its items: '" + "x" * 60 + "...', 'y'; items look",
     ),
-    "a history of commas": (["--history", ",,"], 1, "none of its items"),
+    "a history of commas": (["--history", ",,"], 1, "history: it is empty"),
     "a log that is a pipe": (["--data", "/dev/stdin", "--all", "--out", "x.csv"], 1, "not a regular file"),
 }
 

@@ -167,7 +167,8 @@ def run_what_is_left(jobs, n_processes, say, show):
         done, whole = (sum(len(job.dataset.log.sequence) for job in some) for some in (ended, left))
         minutes = (time.perf_counter() - began) * (whole / done - 1) / 60
         n_epochs = len(runs.load_records(job.folder))
-        say(f"run {len(ended)} of {len(left)}: {job}: {n_epochs} epochs; about {minutes:.0f} min left")
+        rest = f"; about {minutes:.0f} min left" if minutes > 0.5 else ""
+        say(f"run {len(ended)} of {len(left)}: {job}: {n_epochs} epochs{rest}")
 
     if launched_rank() is None:
         run_grid(left, n_processes, report)

@@ -146,7 +146,7 @@ def fit(log, attn=Config.attn, seed=Training.seed, folder=None, *, resume=False,
     if not isinstance(log, Log):
         raise UserError(f"fit takes a Log, not {type(log).__name__}: read_log(path) or Log.from_columns makes one")
     if unknown := options.keys() - OPTIONS:
-        raise UserError(f"fit takes no {', '.join(sorted(unknown))}")
+        raise UserError(f"fit takes no {', '.join(sorted(unknown))}{did_you_mean(min(unknown), OPTIONS)}")
     source = Source(runs.LOG, **picked(options, SPLITTING))
     log = filter_log(log, source.k_core, source.drop_repeats)
     ranks, folder = launched_ranks(), Path(folder) if folder else None
@@ -328,9 +328,9 @@ class Model:
         unknown = [item for item in items if isinstance(item, str)]
         known = np.array([item for item in items if not isinstance(item, str)], int)
         if not len(known):
+            wrong = f"the model knows none of its items: {files.few(unknown)}" if unknown else "it is empty"
             near = did_you_mean("".join(unknown[:1]), self.items)
-            text = f"history: the model knows none of its items: {files.few(unknown) or 'it is empty'}"
-            raise UserError(f"{text}{near or f'; items look like {self.items[0]!r}'}")
+            raise UserError(f"history: {wrong}{near or f'; items look like {self.items[0]!r}'}")
         if not 0 <= known.min() <= known.max() < len(self.items):
             raise UserError(f"item numbers go from 0 to {len(self.items) - 1}")
         if unknown:
