@@ -170,7 +170,7 @@ def test_decompose_without_matplotlib_writes_the_numbers(trained, tmp_path):
     (tmp_path / "matplotlib.py").write_text("raise ImportError")
     environment = {"PYTHONPATH": str(tmp_path)}
     process = run_cli("decompose", trained, "--out", tmp_path / "d", cwd=tmp_path, environment=environment)
-    assert process.returncode == 0 and "minirec[study]" in process.stderr
+    assert process.returncode == 0 and "pip install matplotlib" in process.stderr
     assert [f.name for f in (tmp_path / "d").iterdir()] == ["decomposition.npz"]
 
 
@@ -644,7 +644,7 @@ MISTAKES = {
     "another log": (["decompose", "RUN", "--data", "log.txt"], 1, "not the log"),
     "unknown user": (["recommend", "RUN", "--user", "account 9999"], 1, "did you mean 'account"),
     "unknown history": (["recommend", "RUN", "--history", "a,b"], 1, "items look like"),
-    "empty history": (["recommend", "RUN", "--history", ""], 1, "history: the model knows none"),
+    "empty history": (["recommend", "RUN", "--history", ""], 1, "history: it is empty"),
     "two selections": (["recommend", "RUN", "--user", "a", "--all", "--out", "x.csv"], 2, "choose one"),
     "all without out": (["recommend", "RUN", "--all"], 2, "--out"),
     "out in no folder": (["recommend", "RUN", "--all", "--out", "no/x.csv"], 1, "no/x.csv"),

@@ -280,12 +280,12 @@ def test_counts_stand_beside_the_model_and_one_line_says_where_they_beat_it(trai
     never, always = np.full(found["users"], ranking.MISS), np.zeros(found["users"], int)
     for popularity, transitions, words in (
         (never, never, None),
-        (always, never, f"counting beats the model: test NDCG@10 {found['NDCG@10']:.4f}, by popularity (1.0000)"),
-        (always, always, f"{found['NDCG@10']:.4f}, by popularity (1.0000) and transitions (1.0000)"),
+        (always, never, f"model: popularity (1.0000); the model reaches test NDCG@10 {found['NDCG@10']:.4f}"),
+        (always, always, f"(1.0000) and transitions (1.0000); the model reaches test NDCG@10 {found['NDCG@10']:.4f}"),
     ):
         counted = {"popularity": popularity, "transitions": transitions}
         monkeypatch.setattr("minirec.training.fit.rank_baselines", lambda *_, counted=counted: counted)
-        lines = [line for line in call_cli("evaluate", folder).stderr.splitlines() if "counting beats" in line]
+        lines = [line for line in call_cli("evaluate", folder).stderr.splitlines() if "simple count beats" in line]
         assert len(lines) == (words is not None) and all(line.endswith(words) for line in lines)
 
 

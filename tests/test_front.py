@@ -249,7 +249,7 @@ def test_a_history_that_is_no_list_of_items_is_refused_and_never_taken_apart(mod
 
 def test_a_number_that_is_another_items_name_is_remarked_on(log, model):
     model = replace(model, items=model.items[::-1])  # number 2 is called 12, as 2 is another's name
-    with pytest.warns(UserWarning, match="history: 2 is the number of an item; for the item of that name write '2'"):
+    with pytest.warns(UserWarning, match="history: 2 is taken as a number, that of item '12'; a name is a text: '2'"):
         by_number = model.recommend([2])
     assert by_number == model.recommend(["12"]) != model.recommend(["2"])
     with warnings.catch_warnings(action="error"):

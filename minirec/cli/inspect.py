@@ -29,7 +29,7 @@ def remark_on_counts(result, counted):
     reached, part = result[SELECTED_BY], result["split"]
     if better := {name: m[SELECTED_BY] for name, m in counted.items() if m[SELECTED_BY] > reached}:
         names = " and ".join(f"{name} ({value:.4f})" for name, value in better.items())
-        say(f"counting beats the model: {part} {SELECTED_BY} {reached:.4f}, by {names}")
+        say(f"a simple count beats the model: {names}; the model reaches {part} {SELECTED_BY} {reached:.4f}")
 
 
 def remark_on_candidates(model, wanted):
@@ -75,7 +75,7 @@ def evaluate(run, data, split, filter_seen, attn, attn_blocks, backend, workers,
     """
     if attn_blocks is not None and not attn:
         raise click.UsageError("--attn-blocks needs --attn, which names the weighting to substitute.")
-    model = opened(run, "evaluate", backend, data)
+    model = trained = opened(run, "evaluate", backend, data)
     try:
         model = model.with_attention(attn, attn_blocks) if attn else model
     except UserError as error:
@@ -91,7 +91,13 @@ def evaluate(run, data, split, filter_seen, attn, attn_blocks, backend, workers,
     else:
         weightings = dict.fromkeys(result["attn"])
         names = "+".join(result["attn"] if len(weightings) > 1 else weightings)
-        click.echo(metrics_table(split, {names: result} | result["baselines"]))
+        columns = {}
+        if attn:  # what the substitution changes is seen beside the model as it was trained
+            with another_log(trained, data, to_split=True) as log:
+                columns = {
+                    "as trained": trained.evaluate(log, split, filter_seen, workers, partial(progress, "ranking"))
+                }
+        click.echo(metrics_table(split, columns | {names: result} | result["baselines"]))
 
 
 @click.command(cls=Command)
@@ -144,7 +150,7 @@ def _write_decomposition(folder, result):
         plots.write(plots.heatmaps(result), folder / "heatmaps.png")
         say(f"wrote {folder / 'heatmaps.png'}")
     except ImportError:
-        say("no heatmaps: they need matplotlib; pip install 'minirec[study]'")
+        say("no heatmaps: they need matplotlib; pip install matplotlib")
 
 
 @click.command(cls=Command)
@@ -236,7 +242,8 @@ def _user_history(model, data, user):
     path = data or model.settings["data"]["path"]
     user = log.users[0] if user is None else user
     if user not in log.users:
-        raise UserError(f"no user {user!r} in {path}{did_you_mean(user, log.users)}")
+        near = did_you_mean(user, log.users) or f"; users look like {log.users[0]!r}"
+        raise UserError(f"no user {user!r} in {path}{near}")
     number = log.users.index(user)
     sequence = log.history(number)
     left_out = int(lengths[number]) - len(sequence)

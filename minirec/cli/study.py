@@ -21,12 +21,12 @@ from minirec.training import runs
     "--attn", type=options.WEIGHTING, multiple=True, help="A weighting beside softmax and uniform [default: all]."
 )
 @click.option("--seeds", type=click.IntRange(1, 1000), default=3, help="Runs of each weighting.")
-@click.option("--epochs", type=options.COUNT, help="The most epochs of a run [default: 200; embedded datasets 60].")
+@click.option("--epochs", type=options.COUNT, help="The most epochs of a run [default: 200].")
+@click.option("--patience", type=options.COUNT, help="Epochs without a gain that end a run [default: 10].")
+@click.option("--lr", type=options.RATE, help="Learning rate [default: 0.001].")
 @click.option(
-    "--patience", type=options.COUNT, help="Epochs without a gain that end a run [default: 10; embedded 4 or 6]."
+    "--max-length", type=options.SIZE, help="Latest items kept [default: 200 where histories are long, else 50]."
 )
-@click.option("--lr", type=options.RATE, help="Learning rate [default: 0.001; embedded datasets up to 0.002].")
-@click.option("--max-length", type=options.SIZE, help="Latest items kept [default: 200 for long histories, else 50].")
 @click.option("--dropout", type=options.SHARE, help="Share of values dropped [default: 0.2 for dense logs, else 0.5].")
 @options.backend
 @options.filter_seen(True)
@@ -39,7 +39,7 @@ def study(data, attn, out, figures, as_json, **chosen):
 
     Trains a grid of runs, every attention weighting with the same seeds, and measures how much the trained models mix
     positions. Then it names the regime of each log, with statistics and figures. Started again, it goes on where it was
-    stopped.
+    stopped. The embedded logs have settings of their own, with which they train in minutes.
 
     \b
     python cli.py study
@@ -71,7 +71,7 @@ def study(data, attn, out, figures, as_json, **chosen):
             plots.write(figure, out / f"{name}.{figures}")
             written.append(f"{name}.{figures}")
     except ImportError:
-        say("no figures: they need matplotlib; pip install 'minirec[study]'")
+        say("no figures: they need matplotlib; pip install matplotlib")
     say(f"wrote {out}: {', '.join(written)}")
     if len(results) < max(len(data), 1) or any(len(result["seeds"]) < chosen["seeds"] for result in results.values()):
         raise UserError("some runs failed (see above); the same command tries them again")

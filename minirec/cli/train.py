@@ -1,6 +1,7 @@
 """`train`: one model."""
 
 import os
+import shlex
 import signal
 import threading
 import time
@@ -115,7 +116,8 @@ def train(ctx, out, resume, as_json, mpi_buffers, **chosen):
         say_json(result | totals | {"valid": valid, "test": test, "baselines": counted})
     else:
         click.echo(metrics_table("test", {config.attn: test} | counted))
-        say("next: python cli.py evaluate --attn uniform; python cli.py decompose; python cli.py recommend")
+        named = "" if folder.parent == runs.RUNS else f" {shlex.quote(str(folder))}"  # the newest there needs no name
+        say(f"next: python cli.py evaluate{named} --attn uniform; python cli.py decompose{named}")
 
 
 def _take_over(ctx, chosen, folder):

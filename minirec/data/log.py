@@ -53,7 +53,9 @@ class Log:
         return counted(self.sizes())
 
     def history(self, user):
-        """Return the item indices of user number `user`, oldest first."""
+        """Return the item indices of user number `user`, in the order of `users`, oldest first."""
+        if not 0 <= user < len(self.users):
+            raise UserError(f"no user number {user}: they go from 0 to {len(self.users) - 1}")
         return self.sequence[self.offsets[user] : self.offsets[user + 1]]
 
     def sha256(self):
@@ -167,7 +169,7 @@ def collect(rows, columns, read_as, unit="line", time_format=None, ties="file", 
         remarks.append(f"{count:,} of {n_rows:,} rows ({count / n_rows:.1%}) have no {column}: left out{where}")
     log = log if keep.all() else keep_interactions(log, keep)
     if len(log.users) < 1 + to_split:
-        raise UserError(f"{len(log.users)} user; expected `user item item ...` lines, or a table with a header")
+        raise UserError(f"{len(log.users)} user, where two or more are needed: is another column the user?")
     if to_split and np.diff(log.offsets).max() < SHORTEST_SPLIT:
         raise UserError(f"no user has {SHORTEST_SPLIT} interactions, so none can be held out for a test")
     read_as = f"{read_as}; {n_rows:,} rows"

@@ -319,7 +319,7 @@ def _parquet(path):
 
         frame = pandas.read_parquet(path)
     except ImportError:
-        raise UserError("a Parquet file needs pandas and pyarrow: pip install 'minirec[tables]'") from None
+        raise UserError("a Parquet file needs pandas and pyarrow: pip install pandas pyarrow") from None
     except Exception as error:  # of many kinds, by what reads it
         raise UserError(f"cannot be read as Parquet ({str(error).split(chr(10))[0]})") from None
 

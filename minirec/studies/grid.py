@@ -119,7 +119,7 @@ def prepare(name, log, options, read, say):
 
     name: the log's, or where log is None a path or a planted log's name; the rest: as in study.
     """
-    reading, defaults = picked(options, LOG_OPTIONS), {}
+    reading = picked(options, LOG_OPTIONS)
     if log is not None:
         if not isinstance(log, Log):
             hint = "read_log(path) or Log.from_columns makes one"
@@ -128,11 +128,10 @@ def prepare(name, log, options, read, say):
         log = filter_log(log, source.k_core, source.drop_repeats)
         source = replace(source, sha256=log.sha256())
     else:
-        planted = runs.is_planted(name)
-        source = Source(name if planted else os.path.abspath(name), runs.fingerprint(name), **reading)
-        defaults = PLANTED | OF_LOG.get(name, {}) if planted else {}
+        path = name if runs.is_planted(name) else os.path.abspath(name)
+        source = Source(path, runs.fingerprint(name), **reading)
         name, log = runs.log_name(name), read(source)
-    settings = make_settings(source, len(log.items), sensible(log) | defaults | picked(options, OPTIONS))
+    settings = make_settings(source, len(log.items), defaults(source.path, log) | picked(options, OPTIONS))
     model = model_config(settings)
     backend.load(settings["training"]["backend"])  # or say now what it lacks
     split = runs.split_log(log, settings)
@@ -204,6 +203,11 @@ class Job(NamedTuple):
 
     def __str__(self):
         return f"{self.dataset.name} {self.attn} seed {self.seed}"
+
+
+def defaults(path, log):
+    """Return the options that a study takes for a log where none are given: the embedded logs have their own."""
+    return sensible(log) | (PLANTED | OF_LOG.get(path, {}) if runs.is_planted(path) else {})
 
 
 def sensible(log):

@@ -50,7 +50,7 @@ def import_scipy():
     try:
         from scipy import stats
     except ImportError:
-        raise UserError("a study needs scipy for its statistics: pip install 'minirec[study]'") from None
+        raise UserError("a study needs scipy for its statistics: pip install scipy") from None
     return stats
 
 

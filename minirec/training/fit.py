@@ -320,11 +320,6 @@ class Model:
             items = [numbers.get(item, item) if isinstance(item, str) else operator.index(item) for item in history]
         except TypeError:
             raise wrong from None
-        if getattr(history, "dtype", None) != np.int32:  # as Log.history has them
-            typed = (item for item in history if not isinstance(item, str))
-            other = next((item for item in typed if numbers.get(str(item), item) != item), None)
-            if other is not None:
-                tell(f"history: {other} is the number of an item; for the item of that name write '{other}'")
         unknown = [item for item in items if isinstance(item, str)]
         known = np.array([item for item in items if not isinstance(item, str)], int)
         if not len(known):
@@ -332,7 +327,15 @@ class Model:
             near = did_you_mean("".join(unknown[:1]), self.items)
             raise UserError(f"history: {wrong}{near or f'; items look like {self.items[0]!r}'}")
         if not 0 <= known.min() <= known.max() < len(self.items):
-            raise UserError(f"item numbers go from 0 to {len(self.items) - 1}")
+            raise UserError(
+                f"item numbers go from 0 to {len(self.items) - 1}; items by name are texts: {self.items[0]!r}"
+            )
+        if getattr(history, "dtype", None) != np.int32:  # as Log.history has them
+            typed = (item for item in history if not isinstance(item, str))
+            other = next((item for item in typed if numbers.get(str(item), item) != item), None)
+            if other is not None:
+                name = self.items[other]
+                tell(f"history: {other} is taken as a number, that of item {name!r}; a name is a text: '{other}'")
         if unknown:
             tell(f"left out, unknown to the model: {files.few(unknown)}")
         return known

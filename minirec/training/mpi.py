@@ -66,7 +66,7 @@ def launched_ranks(buffers="host"):
         from mpi4py import MPI
     except (ImportError, RuntimeError) as error:
         found = f"an MPI launcher, but no mpi4py ({str(error).splitlines()[0]})"
-        raise UserError(f"started by {found}: pip install 'minirec[mpi]'") from None
+        raise UserError(f"started by {found}: pip install mpi4py") from None
     return Ranks(MPI.COMM_WORLD, buffers)
 
 
