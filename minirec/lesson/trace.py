@@ -63,7 +63,10 @@ def walk(events):
         for part, x in arrays.items():
             known = f"  {part} {list(x.shape)} = {printed.get((x.shape, x.tobytes()))}"
             again = x.ndim and (x.shape, x.tobytes()) in printed and len(known) <= WIDTH
-            yield from [known] if again else side_by_side({part: x})
+            if x.size and x.dtype.kind == "f" and np.isnan(x).all():
+                yield f"  {part} {list(x.shape)}: not written yet"
+            else:
+                yield from [known] if again else side_by_side({part: x})
             printed[x.shape, x.tobytes()] = f"{part} of {call.function}"
 
 
@@ -96,7 +99,7 @@ def lines(attn="softmax", seed=recording.SEED):
     for other in attention.known_weightings():
         changed = recording.example(other, seed)[0]
         yield f"{other:<12}{model.loss_and_gradients(p, changed, recording.SEQUENCES)[0]:.4f}"
-    yield heading("how much the first user's positions mix")
+    yield heading("how much the positions of user 0 mix")
     arguments = recording.mixing_arguments(config, p)
     events = recording.record(lambda: decompose.mixing_ratios(**arguments))
     events += recording.record(lambda: decompose.contributions(p, config, recording.SEQUENCES[0][:-1]))
