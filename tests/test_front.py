@@ -265,9 +265,13 @@ def test_single_models_are_compared_as_lists_of_one_are(model):
 def test_models_of_one_seed_or_of_two_logs_are_not_compared(log, model):
     with pytest.raises(UserError, match="two models of an arm have the same seed"):
         minirec.compare([model, model], [model, model])
-    other = minirec.fit(log, **QUIET, k_core=2)
-    with pytest.raises(UserError, match="different logs, or on different parts of one"):
-        minirec.compare(model, other)
+    other = log_of([list(log.history(user)[::-1]) for user in range(len(log.users))])
+    for different in (minirec.fit(other, **QUIET), minirec.fit(log, filter_seen=False, **QUIET)):
+        with pytest.raises(UserError, match="tested on different logs, parts of one, or candidates"):
+            minirec.compare(model, different)
+    mixed = [model, minirec.fit(log, "uniform", 1, **QUIET)]
+    with pytest.raises(UserError, match="the models of an arm differ in their weighting"):
+        minirec.compare(mixed, mixed)
 
 
 def test_a_study_says_what_it_does_and_takes_a_single_log(log, tmp_path, capsys):
@@ -277,3 +281,80 @@ def test_a_study_says_what_it_does_and_takes_a_single_log(log, tmp_path, capsys)
     assert "log: 30 users, 15 items" in capsys.readouterr().err
     with pytest.raises(UserError, match=r"mine is no Log, but a str: read_log\(path\)"):
         minirec.study({"mine": "ratings.csv"}, **options)
+
+
+def test_training_never_overwrites_a_saved_model_nor_a_folder_with_anothers_config(log, model, tmp_path):
+    model.save(tmp_path / "saved")
+    model.save(tmp_path / "saved")  # saving again is what was asked for
+    with pytest.raises(UserError, match="holds a saved model; choose another folder"):
+        minirec.fit(log, seed=1, folder=tmp_path / "saved", **QUIET)
+    assert minirec.load(tmp_path / "saved").evaluate() == model.evaluate()
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other/config.json").write_text('{"architectures": ["Other"]}')
+    for write in (model.save, lambda folder: minirec.fit(log, folder=folder, **QUIET)):
+        with pytest.raises(UserError, match="not a run's settings"):
+            write(tmp_path / "other")
+    assert [path.name for path in (tmp_path / "other").iterdir()] == ["config.json"]
+
+
+def test_a_lost_checkpoint_is_named_before_training_goes_on(log, tmp_path):
+    minirec.fit(log, folder=tmp_path / "run", **QUIET)
+    (tmp_path / "run/checkpoint.npz").unlink()
+    epochs = []
+    with pytest.raises(UserError, match="checkpoint.npz: no such file: removed, or"):
+        minirec.fit(log, folder=tmp_path / "run", resume=True, **QUIET | {"epochs": 3, "on_epoch": epochs.append})
+    assert epochs == []
+
+
+def test_a_model_of_a_filtered_log_says_whose_numbers_its_items_have(rng):
+    log = log_of([[7, *rng.integers(5, size=8)]] + [rng.integers(5, size=8).tolist() for _ in range(20)])
+    with pytest.warns(UserWarning, match="its histories are those of model.log"):
+        minirec.fit(log, k_core=2, **QUIET)
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        ({"workers": -1}, "workers is -1: a whole number of 1 or more"),
+        ({"seeds": [0, 1]}, r"seeds is \[0, 1\]: a whole number"),
+        ({"logs": []}, "a study takes {name: Log}"),
+        ({"logs": None}, "a study takes {name: Log}"),
+        ({"logs": "list of Logs"}, "a study takes {name: Log}"),
+        ({"logs": "../x"}, "the log's name '../x' becomes that of a folder"),
+    ],
+)
+def test_a_study_refuses_what_it_cannot_study(log, arguments, words):
+    pytest.importorskip("scipy")
+    logs = arguments.pop("logs", log)
+    with pytest.raises(UserError, match=words):
+        minirec.study({"list of Logs": [log, log], "../x": {"../x": log}}.get(str(logs), logs), **arguments)
+
+
+def test_the_wrong_kind_of_thing_is_named(log, model):
+    for call, words in (
+        (lambda: model.evaluate("ratings.csv"), "evaluate takes a Log, not str"),
+        (lambda: list(model.recommend_many([np.array([-1, 3])])), "integers in 0..14"),
+        (lambda: list(model.recommend_many([np.array([], int)])), "integers in 0..14"),
+        (lambda: model.recommend([10**19]), "item numbers go from 0 to 14"),
+        (lambda: model.recommend([1], k="3"), "k is '3'"),
+        (lambda: log.history("7"), "no user number '7'"),
+        (lambda: log.history(-1), "no user number -1: they go from 0 to 29"),
+        (lambda: minirec.Log.from_columns(np.zeros((3, 2)), [1, 2, 3]), "a list, or an array of one dimension"),
+        (lambda: minirec.Log.from_columns("abc", [1, 2, 3]), "a list, or an array of one dimension, not str"),
+    ):
+        with pytest.raises(UserError, match=words):
+            call()
+
+
+def test_large_numbers_beside_a_missing_one_keep_all_their_digits():
+    pandas = pytest.importorskip("pandas")
+    ids = [None, *(10**18 + i % 4 for i in range(19))]
+    columns = [ids, pandas.Series(ids, dtype="Int64")]
+    logs = [minirec.Log.from_columns(np.arange(20) % 3, column, np.arange(20)) for column in columns]
+    assert [len(log.items) for log in logs] == [4, 4] and logs[0].items == logs[1].items
+
+
+def test_a_date_beyond_what_nanoseconds_reach_is_refused():
+    days = np.array(["2020-01-01", "2020-01-02", "NaT", "9999-12-31"], "M8[s]")
+    with pytest.raises(UserError, match="row 4: 9999-12-31T00:00:00 lies outside the years"):
+        minirec.Log.from_columns([*"abab"], [*"xyxy"], days)

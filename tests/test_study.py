@@ -736,7 +736,9 @@ def test_two_lists_of_models_are_compared_as_a_study_compares_its_arms(invented)
         return [
             SimpleNamespace(
                 config=config,
-                settings={"training": {"seed": seed}, "data": {}},
+                settings={"training": {"seed": seed}, "data": {"split": "leave-one-out"}},
+                log=SimpleNamespace(sha256=lambda: "of all"),
+                filters_seen=lambda wanted: True,
                 ranks=lambda part, seed=seed: ranks[attn][seed],
             )
             for seed in seeds

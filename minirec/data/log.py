@@ -54,8 +54,10 @@ class Log:
 
     def history(self, user):
         """Return the item indices of user number `user`, in the order of `users`, oldest first."""
-        if not 0 <= user < len(self.users):
-            raise UserError(f"no user number {user}: they go from 0 to {len(self.users) - 1}")
+        if isinstance(user, str) or not 0 <= user < len(self.users):
+            raise UserError(
+                f"no user number {user!r}: they go from 0 to {len(self.users) - 1}, in the order of log.users"
+            )
         return self.sequence[self.offsets[user] : self.offsets[user + 1]]
 
     def sha256(self):
@@ -99,9 +101,22 @@ def located(source):
 
 def texts_of(column):
     """Return an array-like as a list of texts; numbers that are whole without a decimal point."""
-    column = column.to_numpy() if hasattr(column, "to_numpy") else column  # of pandas, polars
+    if isinstance(column, str) or len(getattr(column, "shape", (0,))) != 1 or not hasattr(column, "__iter__"):
+        raise UserError(f"a column is a list, or an array of one dimension, not {type(column).__name__}")
+    if hasattr(column, "to_numpy"):  # of pandas, polars
+        array = column.to_numpy()
+        rounded = (
+            array.dtype.kind == "f" and "float" not in str(column.dtype).lower()
+        )  # integers where some are missing
+        column = column.to_list() if rounded else array
     if isinstance(column, np.ndarray):
-        column = np.datetime_as_string(column.astype("M8[ns]")) if column.dtype.kind == "M" else column
+        if column.dtype.kind == "M":
+            years = column.astype("M8[Y]").astype(int) + 1970
+            for row in np.flatnonzero(~np.isnat(column) & ~((1678 <= years) & (years < 2262)))[:1]:
+                raise UserError(
+                    f"row {row + 1}: {column[row]} lies outside the years that nanoseconds reach, 1678 to 2261"
+                )
+            column = np.datetime_as_string(column.astype("M8[ns]"))
         column = column.tolist()
     return [
         "" if value is None else str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)

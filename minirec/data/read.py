@@ -317,7 +317,7 @@ def _parquet(path):
     try:
         import pandas
 
-        frame = pandas.read_parquet(path)
+        frame = pandas.read_parquet(path, dtype_backend="numpy_nullable")  # large integers stay whole beside nulls
     except ImportError:
         raise UserError("a Parquet file needs pandas and pyarrow: pip install pandas pyarrow") from None
     except Exception as error:  # of many kinds, by what reads it

@@ -11,6 +11,7 @@ Symbols: M test users.
 import contextlib
 import itertools
 import os
+import re
 import signal
 import sys
 import tempfile
@@ -82,8 +83,13 @@ def study(logs, weightings=None, seeds=3, folder=None, workers=None, read=None, 
         raise UserError(f"no weighting is called {', '.join(unknown)}: choose from {', '.join(known_weightings())}")
     if unknown := set(options) - OPTIONS:
         raise UserError(f"a study takes no {', '.join(sorted(unknown))}")
+    for name, number in (("seeds", seeds), ("workers", 1 if workers is None else workers)):
+        if not isinstance(number, (int, np.integer)) or number < 1:
+            raise UserError(f"{name} is {number!r}: a whole number of 1 or more is needed")
     if isinstance(logs, (Log, str, os.PathLike)):
         logs = {"log": logs} if isinstance(logs, Log) else [logs]
+    if not logs or any(isinstance(log, Log) for log in logs):
+        raise UserError("a study takes {name: Log}, or a list of paths, of one log or more")
     datasets = {}
     for log in logs:
         dataset = prepare(log, logs[log] if isinstance(logs, dict) else None, options, read, say)
@@ -121,6 +127,8 @@ def prepare(name, log, options, read, say):
     """
     reading = picked(options, LOG_OPTIONS)
     if log is not None:
+        if not isinstance(name, str) or not re.fullmatch(r"[^/\\\0]{1,60}", name) or name in (".", ".."):
+            raise UserError(f"the log's name {name!r:.80} becomes that of a folder: choose a short one without slashes")
         if not isinstance(log, Log):
             hint = "read_log(path) or Log.from_columns makes one"
             raise UserError(f"{name} is no Log, but a {type(log).__name__}: {hint}")

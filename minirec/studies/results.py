@@ -270,8 +270,10 @@ def compare(models_a, models_b, part="test"):
     arms = [models if isinstance(models, (list, tuple)) else [models] for models in (models_a, models_b)]
     arms = [[m if hasattr(m, "ranks") else load(m) for m in models] for models in arms]
     if len({tested_on(m) for models in arms for m in models}) > 1:
-        raise UserError("the models were trained on different logs, or on different parts of one")
+        raise UserError("the models are tested on different logs, parts of one, or candidates (filter_seen)")
     ranks_a, ranks_b = ({m.settings["training"]["seed"]: m.ranks(part) for m in models} for models in arms)
+    if any(len({m.config.weightings for m in models}) > 1 for models in arms):
+        raise UserError("the models of an arm differ in their weighting")
     if [len(ranks_a), len(ranks_b)] != [len(models) for models in arms]:
         raise UserError("two models of an arm have the same seed: train each with its own")
     if set(ranks_a) != set(ranks_b) or len({len(r) for r in (*ranks_a.values(), *ranks_b.values())}) != 1:
@@ -291,8 +293,8 @@ def compare(models_a, models_b, part="test"):
 
 
 def tested_on(model):
-    """Return what two models have in common that are tested on the same users and targets."""
-    return tuple(model.settings["data"].get(name) for name in ("sha256", "split", "k_core", "drop_repeats"))
+    """Return what two models have in common that are tested on the same users, targets and candidates."""
+    return model.log.sha256(), model.settings["data"]["split"], model.filters_seen(None)
 
 
 # Tables

@@ -148,7 +148,9 @@ def fit(log, attn=Config.attn, seed=Training.seed, folder=None, *, resume=False,
     if unknown := options.keys() - OPTIONS:
         raise UserError(f"fit takes no {', '.join(sorted(unknown))}{did_you_mean(min(unknown), OPTIONS)}")
     source = Source(runs.LOG, **picked(options, SPLITTING))
-    log = filter_log(log, source.k_core, source.drop_repeats)
+    whole, log = log, filter_log(log, source.k_core, source.drop_repeats)
+    if len(log.items) < len(whole.items):
+        tell("k_core left out items, and the model numbers the others anew: its histories are those of model.log")
     ranks, folder = launched_ranks(), Path(folder) if folder else None
     options |= {"attn": attn, "seed": seed, "workers": options.get("workers") or workers_for(ranks)}
     settings = make_settings(replace(source, sha256=log.sha256()), len(log.items), options)
@@ -236,6 +238,10 @@ class Model:
         filter_seen: whether items that the user had before are no candidates (None: as trained); workers: threads
         (None: all usable cores); progress(n): a context whose value is called with numbers of targets that were ranked.
         """
+        if not (log is None or isinstance(log, Log)):
+            raise UserError(
+                f"evaluate takes a Log, not {type(log).__name__}: read_log(path) or Log.from_columns makes one"
+            )
         filter_seen = self.filters_seen(filter_seen)
         targets, ranks, missed = self._rank(log, part, filter_seen, workers, progress)
         counted = {}
@@ -321,12 +327,12 @@ class Model:
         except TypeError:
             raise wrong from None
         unknown = [item for item in items if isinstance(item, str)]
-        known = np.array([item for item in items if not isinstance(item, str)], int)
-        if not len(known):
+        known = [item for item in items if not isinstance(item, str)]
+        if not known:
             wrong = f"the model knows none of its items: {files.few(unknown)}" if unknown else "it is empty"
             near = did_you_mean("".join(unknown[:1]), self.items)
             raise UserError(f"history: {wrong}{near or f'; items look like {self.items[0]!r}'}")
-        if not 0 <= known.min() <= known.max() < len(self.items):
+        if not 0 <= min(known) <= max(known) < len(self.items):
             raise UserError(
                 f"item numbers go from 0 to {len(self.items) - 1}; items by name are texts: {self.items[0]!r}"
             )
@@ -338,7 +344,7 @@ class Model:
                 tell(f"history: {other} is taken as a number, that of item {name!r}; a name is a text: '{other}'")
         if unknown:
             tell(f"left out, unknown to the model: {files.few(unknown)}")
-        return known
+        return np.array(known)
 
     def recommend(self, history, k=10, filter_seen=None):
         """Return the k best items after a history, oldest item first, as [(name, score)], best first."""
@@ -351,11 +357,16 @@ class Model:
         histories: an iterable of arrays of item numbers, none empty, which is read a chunk at a time; workers: threads
         (None: all usable cores). Where filter_seen leaves fewer than k candidates, the list is shorter.
         """
-        if k < 1:
-            raise UserError(f"k is {k}: at least 1 item is recommended")
+        if not isinstance(k, (int, np.integer)) or k < 1:
+            raise UserError(f"k is {k!r}: at least 1 item is recommended")
+
+        def checked(history):
+            decompose.check_items(np.asarray(history), self.config.n_items)
+            return history
+
         filter_seen = self.filters_seen(filter_seen)
         with worker_map(workers or usable_cores(), self.xp) as run:
-            for chunk in recommend(self.parameters, self.config, histories, k, run, filter_seen):
+            for chunk in recommend(self.parameters, self.config, map(checked, histories), k, run, filter_seen):
                 for items, scores in zip(*chunk, strict=True):
                     pairs = zip(items, scores, strict=True)
                     yield [(self.items[item], float(score)) for item, score in pairs if score > -np.inf]
@@ -378,8 +389,8 @@ class Model:
         """Write a run folder, its log in it: `load` gives this model again, and the same numbers."""
         folder, log = Path(folder), self.log
         source = Source(runs.LOG, log.sha256(), **picked(self.settings["data"], SPLITTING))
-        with runs.opened(folder, resume=False):
-            settings = self.settings | {"model": asdict(self.config), "data": asdict(source)}
+        with runs.opened(folder, resume=False, saving=True):
+            settings = self.settings | {"model": asdict(self.config), "data": asdict(source), "saved": True}
             runs.write_settings(folder, settings, log)
             files.write_json_lines(folder / "metrics.jsonl", self.records)
             files.write_arrays(folder / "checkpoint.npz", {n: backend.to_host(x) for n, x in self.parameters.items()})

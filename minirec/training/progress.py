@@ -43,6 +43,8 @@ class Progress:
         self.losses = backend.to_device(losses, team.xp)
         self.step, self.seconds = int(state["step"]), float(state["seconds"])  # steps in all, seconds of this epoch
         self.best = None  # the best parameters, flat, where no folder keeps them
+        if folder and self.records:
+            runs.load_parameters(folder, self.config)  # or say now, not after training, that they are lost
         if folder:
             runs.write_settings(folder, settings, log)
 

@@ -71,11 +71,12 @@ def newest_folder(command, holding=("checkpoint.npz",)):
 
 
 @contextlib.contextmanager
-def opened(folder, resume):
+def opened(folder, resume, saving=False):
     """Create a run folder, or take over an existing one, and hold it for as long as the context lasts.
 
     What an earlier run left without a state is removed: it is no part of the run that now begins. Raises UserError
-    where the folder holds something else, holds a state and resume is not asked for, or is in use by another process.
+    where the folder holds something else, holds a state and resume is not asked for, holds a model that was saved
+    (unless saving another one), or is in use by another process.
     """
     files.make_folder(folder)
     with files.naming(folder, "cannot be used as a run folder"):
@@ -89,6 +90,9 @@ def opened(folder, resume):
         has_state = any((folder / name).exists() for name in STATES)
         if has_state and not resume:
             raise UserError(f"{folder}: holds a run already; add --resume to continue it, or choose another --out")
+        config = load_settings(folder) if (folder / "config.json").exists() else {}
+        if config.get("saved") and not saving:
+            raise UserError(f"{folder}: holds a saved model; choose another folder")
         stale = list(folder.glob(".*.tmp"))
         if not has_state:
             stale += [folder / name for name in RESULTS]
@@ -234,7 +238,9 @@ def load_parameters(folder, config, xp=np):
     """Return the parameters in checkpoint.npz as {name: array} on module xp, names, shapes and values verified."""
     path = folder / "checkpoint.npz"
     if not os.path.exists(path):
-        raise UserError(f"{path}: no such file; the run has not finished an epoch: train --resume --out {folder}")
+        raise UserError(
+            f"{path}: no such file: removed, or the run has not finished an epoch (train --resume --out {folder})"
+        )
     expected = {name: files.kind("float32", shape) for name, shape in parameter_shapes(config).items()}
     parameters = files.read_arrays(path, expected)
     for name, value in parameters.items():
