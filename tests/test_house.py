@@ -19,7 +19,7 @@ PACKAGE = ROOT / "minirec"
 MODULES = sorted(PACKAGE.rglob("*.py"))
 CORE_LINES = 850  # of code, all core files together
 CORE_FILE_LINES = 260  # of one core file, derivations included
-LINES = 5700  # of code, the whole package and cli.py, but for what serves a GPU alone
+LINES = 5750  # of code, the whole package and cli.py, but for what serves a GPU alone
 GPU_LINES = 280  # of code, what serves a GPU alone
 
 # What each wing may import of ours, besides itself. A flat file may import those that stand before it.
