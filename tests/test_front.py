@@ -318,6 +318,7 @@ def test_a_model_of_a_filtered_log_says_whose_numbers_its_items_have(rng):
         ({"workers": -1}, "workers is -1: a whole number of 1 or more"),
         ({"seeds": [0, 1]}, r"seeds is \[0, 1\]: a whole number"),
         ({"logs": []}, "a study takes {name: Log}"),
+        ({"ties": "shuffle"}, "ties: a Log is read already; give this to read_log"),
         ({"logs": None}, "a study takes {name: Log}"),
         ({"logs": "list of Logs"}, "a study takes {name: Log}"),
         ({"logs": "../x"}, "the log's name '../x' becomes that of a folder"),
@@ -333,6 +334,9 @@ def test_a_study_refuses_what_it_cannot_study(log, arguments, words):
 def test_the_wrong_kind_of_thing_is_named(log, model):
     for call, words in (
         (lambda: model.evaluate("ratings.csv"), "evaluate takes a Log, not str"),
+        (lambda: minirec.fit(log, resume=True), "resume goes on with the run in a folder, and none is given"),
+        (lambda: minirec.read_log(__file__, ties="shuffled"), "ties is 'shuffled': choose from file, shuffle"),
+        (lambda: minirec.read_log(__file__, format="tsv"), "format is 'tsv': choose from lines, pairs"),
         (lambda: list(model.recommend_many([np.array([-1, 3])])), "integers in 0..14"),
         (lambda: list(model.recommend_many([np.array([], int)])), "integers in 0..14"),
         (lambda: model.recommend([10**19]), "item numbers go from 0 to 14"),

@@ -56,6 +56,9 @@ def read_log(path, columns=None, format=None, time_format=None, ties="file", pro
     columns = [column.strip() for column in columns]
     if columns and not 2 <= len(set(columns)) == len(columns) <= 4:
         raise UserError(f"--columns {','.join(columns)}: expected two or three different names, USER,ITEM[,TIME]")
+    for name, value, allowed in (("format", format, (None, *FORMATS)), ("ties", ties, TIES)):
+        if value not in allowed:
+            raise UserError(f"{name} is {value!r}: choose from {', '.join(filter(None, allowed))}")
     csv.field_size_limit(MAX_LINE)
     with opened_by_name(path) as file, located(path):
         if file.peek(4)[:4] == b"PAR1":

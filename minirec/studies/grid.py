@@ -34,7 +34,7 @@ from minirec.studies import results
 from minirec.studies.results import describe_mixing, load_analysis, substitutions
 from minirec.studies.statistics import import_scipy
 from minirec.training import runs
-from minirec.training.fit import load, train
+from minirec.training.fit import SPLITTING, load, train
 from minirec.training.mpi import launched_rank
 from minirec.training.parallel import PROCESSES, die_with_parent, usable_cores
 from minirec.training.progress import finished
@@ -132,6 +132,8 @@ def prepare(name, log, options, read, say):
         if not isinstance(log, Log):
             hint = "read_log(path) or Log.from_columns makes one"
             raise UserError(f"{name} is no Log, but a {type(log).__name__}: {hint}")
+        if of_files := picked(options, [name for name in LOG_OPTIONS if name not in SPLITTING]):
+            raise UserError(f"{', '.join(of_files)}: a Log is read already; give this to read_log")
         source = Source(KEPT, **reading)
         log = filter_log(log, source.k_core, source.drop_repeats)
         source = replace(source, sha256=log.sha256())

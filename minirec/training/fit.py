@@ -148,6 +148,8 @@ def fit(log, attn=Config.attn, seed=Training.seed, folder=None, *, resume=False,
     if unknown := options.keys() - OPTIONS:
         raise UserError(f"fit takes no {', '.join(sorted(unknown))}{did_you_mean(min(unknown), OPTIONS)}")
     source = Source(runs.LOG, **picked(options, SPLITTING))
+    if resume and not folder:
+        raise UserError("resume goes on with the run in a folder, and none is given")
     whole, log = log, filter_log(log, source.k_core, source.drop_repeats)
     if len(log.items) < len(whole.items):
         tell("k_core left out items, and the model numbers the others anew: its histories are those of model.log")
