@@ -64,6 +64,7 @@ def test_a_log_and_a_model_show_themselves_in_a_line_however_large_they_are(log,
     assert repr(minirec.Log.from_columns([*"aaab"], [*"xyzx"])) == (
         "<Log: 2 users, 3 items, 4 interactions; columns users, items; 4 rows>"
     )
+    assert "1 of 5 rows (20.0%) have no users: left out" in repr(minirec.Log.from_columns([*"aaab", ""], [*"xyzxx"]))
     assert repr(log).startswith("<Log: 30 users, 15 items, ") and "\n" not in repr(log)
     assert repr(model) == f"Model(config={model.config!r}, folder=None)"
 

@@ -41,8 +41,8 @@ class Log:
     remarks: list = field(default_factory=list)  # lines: what a person may not expect of it
 
     def __repr__(self):
-        """Sizes, and how it was read: what a notebook shows, where all names and numbers would bury them."""
-        return f"<Log: {'; '.join(filter(None, [self.counts(), self.read_as]))}>"
+        """Sizes, how it was read, remarks: what a notebook shows, where all names and numbers would bury them."""
+        return f"<Log: {'; '.join(filter(None, [self.counts(), self.read_as, *self.remarks]))}>"
 
     def sizes(self):
         """Return {"users": U, "items": V, "interactions": n}."""
