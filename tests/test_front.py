@@ -253,6 +253,8 @@ def test_a_number_that_is_another_items_name_is_remarked_on(log, model):
     with pytest.warns(UserWarning, match="history: 2 is taken as a number, that of item '12'; a name is a text: '2'"):
         by_number = model.recommend([2])
     assert by_number == model.recommend(["12"]) != model.recommend(["2"])
+    with pytest.warns(UserWarning, match="history: 2 is taken as a number"):
+        assert model.recommend(iter([2])) == by_number
     with warnings.catch_warnings(action="error"):
         model.recommend(log.history(0))  # these are numbers for sure
 
@@ -280,7 +282,7 @@ def test_a_study_says_what_it_does_and_takes_a_single_log(log, tmp_path, capsys)
     options = {"seeds": 1, "weightings": ["softmax", "uniform"], "epochs": 1, "hidden": 8, "workers": 1}
     assert list(minirec.study(log, folder=tmp_path, **options)) == ["log"]
     assert "log: 30 users, 15 items" in capsys.readouterr().err
-    with pytest.raises(UserError, match=r"mine is no Log, but a str: read_log\(path\)"):
+    with pytest.raises(UserError, match=r"study, for mine, takes a Log, not str: read_log\(path\)"):
         minirec.study({"mine": "ratings.csv"}, **options)
 
 
@@ -323,6 +325,8 @@ def test_a_model_of_a_filtered_log_says_whose_numbers_its_items_have(rng):
         ({"logs": None}, "a study takes {name: Log}"),
         ({"logs": "list of Logs"}, "a study takes {name: Log}"),
         ({"logs": "../x"}, "the log's name '../x' becomes that of a folder"),
+        ({"logs": iter(())}, "a study takes {name: Log}"),
+        ({"logs": iter(["nowhere.txt"])}, "nowhere.txt: cannot be read"),
     ],
 )
 def test_a_study_refuses_what_it_cannot_study(log, arguments, words):

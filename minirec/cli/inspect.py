@@ -82,7 +82,10 @@ def evaluate(run, data, split, filter_seen, attn, attn_blocks, backend, workers,
         raise click.UsageError(str(error)) from None
     remark_on_candidates(model, filter_seen)
     with another_log(model, data, to_split=True) as log:
-        result = model.evaluate(log, split, filter_seen, workers, partial(progress, "ranking"))
+        rank = lambda m: m.evaluate(log, split, filter_seen, workers, partial(progress, "ranking"))
+        result = rank(model)
+        # What a substitution changes is seen beside the model as it was trained.
+        columns = {"as trained": rank(trained)} if attn and not as_json else {}
     remark_on_counts(result, result["baselines"])
     for line in remarks_on_repeats(result["unreachable"], result["users"]):
         say(line)
@@ -91,12 +94,6 @@ def evaluate(run, data, split, filter_seen, attn, attn_blocks, backend, workers,
     else:
         weightings = dict.fromkeys(result["attn"])
         names = "+".join(result["attn"] if len(weightings) > 1 else weightings)
-        columns = {}
-        if attn:  # what the substitution changes is seen beside the model as it was trained
-            with another_log(trained, data, to_split=True) as log:
-                columns = {
-                    "as trained": trained.evaluate(log, split, filter_seen, workers, partial(progress, "ranking"))
-                }
         click.echo(metrics_table(split, columns | {names: result} | result["baselines"]))
 
 

@@ -84,6 +84,12 @@ class Log:
             return collect(rows, names, f"columns {', '.join(names)}", unit="row")
 
 
+def check_log(log, taker):
+    """Raise UserError where what was given to `taker` is no Log."""
+    if not isinstance(log, Log):
+        raise UserError(f"{taker} takes a Log, not {type(log).__name__}: read_log(path) or Log.from_columns makes one")
+
+
 def counted(sizes):
     """Return sizes, those of a Log or published ones, in words."""
     return ", ".join(f"{sizes[what]:,} {what}" for what in ("users", "items", "interactions"))
@@ -105,17 +111,16 @@ def texts_of(column):
         raise UserError(f"a column is a list, or an array of one dimension, not {type(column).__name__}")
     if hasattr(column, "to_numpy"):  # of pandas, polars
         array = column.to_numpy()
-        rounded = (
-            array.dtype.kind == "f" and "float" not in str(column.dtype).lower()
-        )  # integers where some are missing
+        # Integers of which some are missing become floats, which hold 53 bits only.
+        rounded = array.dtype.kind == "f" and "float" not in str(column.dtype).lower()
         column = column.to_list() if rounded else array
     if isinstance(column, np.ndarray):
         if column.dtype.kind == "M":
             years = column.astype("M8[Y]").astype(int) + 1970
-            for row in np.flatnonzero(~np.isnat(column) & ~((1678 <= years) & (years < 2262)))[:1]:
-                raise UserError(
-                    f"row {row + 1}: {column[row]} lies outside the years that nanoseconds reach, 1678 to 2261"
-                )
+            beyond = np.flatnonzero(~np.isnat(column) & ((years < 1678) | (years > 2261)))
+            if len(beyond):
+                time = f"row {beyond[0] + 1}: {column[beyond[0]]}"
+                raise UserError(f"{time} lies outside the years that nanoseconds reach, 1678 to 2261")
             column = np.datetime_as_string(column.astype("M8[ns]"))
         column = column.tolist()
     return [

@@ -26,7 +26,7 @@ import numpy as np
 from minirec import backend, files
 from minirec.attention import known_weightings
 from minirec.data.describe import remarks_on_targets
-from minirec.data.log import Log, filter_log
+from minirec.data.log import Log, check_log, filter_log
 from minirec.data.split import training_windows
 from minirec.errors import UserError
 from minirec.packing import spans
@@ -43,6 +43,7 @@ from minirec.training.settings import LOG_OPTIONS, SIZES, TRAINING, Source, make
 DENSE = 0.02  # share of all user-item pairs; such logs take a dropout of 0.2, sparser ones of 0.5, as in the paper
 LONG = 100  # mean history from which the last 200 items are kept, not the last 50, as in the paper
 
+FOLDER = re.compile(r"(?!\.+$)[^/\\\x00-\x1f]+")  # what a log may be called
 KEPT = f"../{runs.LOG}"  # where a log that is no file lies, seen from its runs
 OPTIONS = {*LOG_OPTIONS, *SIZES, *TRAINING} - {"attn", "seed", "workers"}  # what a study takes, as fit does
 # The planted logs must show their regimes in two minutes: small models, large steps, short histories. taste has many
@@ -86,8 +87,10 @@ def study(logs, weightings=None, seeds=3, folder=None, workers=None, read=None, 
     for name, number in (("seeds", seeds), ("workers", 1 if workers is None else workers)):
         if not isinstance(number, (int, np.integer)) or number < 1:
             raise UserError(f"{name} is {number!r}: a whole number of 1 or more is needed")
-    if isinstance(logs, (Log, str, os.PathLike)):
-        logs = {"log": logs} if isinstance(logs, Log) else [logs]
+    if isinstance(logs, Log):
+        logs = {"log": logs}
+    elif not isinstance(logs, dict):
+        logs = [logs] if isinstance(logs, (str, os.PathLike)) else list(logs or ())
     if not logs or any(isinstance(log, Log) for log in logs):
         raise UserError("a study takes {name: Log}, or a list of paths, of one log or more")
     datasets = {}
@@ -127,11 +130,9 @@ def prepare(name, log, options, read, say):
     """
     reading = picked(options, LOG_OPTIONS)
     if log is not None:
-        if not isinstance(name, str) or not re.fullmatch(r"[^/\\\0]{1,60}", name) or name in (".", ".."):
+        if not isinstance(name, str) or not 0 < len(name) <= files.LONGEST_NAME or not FOLDER.fullmatch(name):
             raise UserError(f"the log's name {name!r:.80} becomes that of a folder: choose a short one without slashes")
-        if not isinstance(log, Log):
-            hint = "read_log(path) or Log.from_columns makes one"
-            raise UserError(f"{name} is no Log, but a {type(log).__name__}: {hint}")
+        check_log(log, f"study, for {name},")
         if of_files := picked(options, [name for name in LOG_OPTIONS if name not in SPLITTING]):
             raise UserError(f"{', '.join(of_files)}: a Log is read already; give this to read_log")
         source = Source(KEPT, **reading)

@@ -20,9 +20,10 @@ import numpy as np
 
 from minirec import backend, decompose, files, model
 from minirec.backend import load as load_backend
-from minirec.data.log import Log, filter_log, renumbered
+from minirec.data.log import check_log, filter_log, renumbered
 from minirec.data.split import SPLITS, Targets, batches, seen_items, training_windows
 from minirec.errors import UserError, did_you_mean
+from minirec.packing import check_items
 from minirec.parameters import Config
 from minirec.training import runs
 from minirec.training.baselines import rank_baselines
@@ -65,11 +66,9 @@ def train(log, settings, folder=None, resume=False, on_step=None, on_epoch=None,
             epoch = len(run.records) + 1
             order = batches(len(starts), training["batch_size"], training["seed"], epoch)
             for i in range(run.step % n_steps, n_steps):
-                began = time.perf_counter()
+                began, batch = time.perf_counter(), order[i]
                 run.step += 1
-                run.losses[i] = team.compute_gradients(
-                    starts[order[i]], lengths[order[i]], (training["seed"], run.step)
-                )
+                run.losses[i] = team.compute_gradients(starts[batch], lengths[batch], (training["seed"], run.step))
                 team.update(run.step, training["lr"])  # Adam
                 run.seconds += time.perf_counter() - began
                 if on_step:
@@ -143,13 +142,12 @@ def fit(log, attn=Config.attn, seed=Training.seed, folder=None, *, resume=False,
     resume: go on with the run that the folder holds; on_epoch(record): called after each epoch (None: in silence).
     Raises UserError for an option that is not allowed, or a log that cannot be trained on.
     """
-    if not isinstance(log, Log):
-        raise UserError(f"fit takes a Log, not {type(log).__name__}: read_log(path) or Log.from_columns makes one")
+    check_log(log, "fit")
     if unknown := options.keys() - OPTIONS:
         raise UserError(f"fit takes no {', '.join(sorted(unknown))}{did_you_mean(min(unknown), OPTIONS)}")
-    source = Source(runs.LOG, **picked(options, SPLITTING))
     if resume and not folder:
         raise UserError("resume goes on with the run in a folder, and none is given")
+    source = Source(runs.LOG, **picked(options, SPLITTING))
     whole, log = log, filter_log(log, source.k_core, source.drop_repeats)
     if len(log.items) < len(whole.items):
         tell("k_core left out items, and the model numbers the others anew: its histories are those of model.log")
@@ -240,10 +238,8 @@ class Model:
         filter_seen: whether items that the user had before are no candidates (None: as trained); workers: threads
         (None: all usable cores); progress(n): a context whose value is called with numbers of targets that were ranked.
         """
-        if not (log is None or isinstance(log, Log)):
-            raise UserError(
-                f"evaluate takes a Log, not {type(log).__name__}: read_log(path) or Log.from_columns makes one"
-            )
+        if log is not None:
+            check_log(log, "evaluate")
         filter_seen = self.filters_seen(filter_seen)
         targets, ranks, missed = self._rank(log, part, filter_seen, workers, progress)
         counted = {}
@@ -294,11 +290,9 @@ class Model:
         has_target, has_history = moved[targets.stops + 1] > stops, stops > starts
         ranked = np.flatnonzero(has_target & has_history)
         n, no_target, no_history = len(starts), int((~has_target).sum()), int((has_target & ~has_history).sum())
-        if no_target or no_history:
-            tell(
-                f"{no_target:,} of {n:,} targets are unknown to the model, {no_history:,} of {n:,} histories before a "
-                "known target are all unknown: they count as misses"
-            )
+        for count, what in ((no_target, "targets are"), (no_history, "histories before a known target are all")):
+            if count:
+                tell(f"{count:,} of {n:,} {what} unknown to the model: they count as misses")
         missed = {"unknown_targets": no_target, "unknown_histories": no_history}
         return known.sequence, Targets(targets.users[ranked], starts[ranked], stops[ranked]), ranked, missed
 
@@ -324,7 +318,9 @@ class Model:
         wrong = UserError(f"a history is a list of item names or numbers, oldest first, not {history!r:.60}")
         if isinstance(history, str):  # whose characters are no items
             raise wrong
+        numbered = getattr(history, "dtype", None) == np.int32  # as Log.history has them
         try:
+            history = list(history)  # perhaps an iterator, which can be read once
             items = [numbers.get(item, item) if isinstance(item, str) else operator.index(item) for item in history]
         except TypeError:
             raise wrong from None
@@ -338,7 +334,7 @@ class Model:
             raise UserError(
                 f"item numbers go from 0 to {len(self.items) - 1}; items by name are texts: {self.items[0]!r}"
             )
-        if getattr(history, "dtype", None) != np.int32:  # as Log.history has them
+        if not numbered:
             typed = (item for item in history if not isinstance(item, str))
             other = next((item for item in typed if numbers.get(str(item), item) != item), None)
             if other is not None:
@@ -363,7 +359,7 @@ class Model:
             raise UserError(f"k is {k!r}: at least 1 item is recommended")
 
         def checked(history):
-            decompose.check_items(np.asarray(history), self.config.n_items)
+            check_items(np.asarray(history), self.config.n_items)
             return history
 
         filter_seen = self.filters_seen(filter_seen)
