@@ -18,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
-from minirec.errors import UserError
+from minirec.errors import UserError, did_you_mean
 
 LARGEST_JSON = 1 << 26  # bytes
 LONGEST_NAME = 60  # characters that a message shows of a name, or a folder's name holds of a log's
@@ -149,8 +149,12 @@ def opened(path, largest=None):
 def opened_by_name(path, hint=""):
     """Open a file that a person named, to read its bytes; a link to one will do. Raises UserError.
 
-    hint: what is added where it cannot be read.
+    hint: what is added where it cannot be read; else a file of nearly that name is.
     """
+    if not hint and not os.path.lexists(path):
+        folder, name = os.path.split(path)
+        with contextlib.suppress(OSError):  # there may be no such folder
+            hint = did_you_mean(name, os.listdir(folder or "."))
     with naming(path, "cannot be read", hint):
         if is_device(path):
             raise UserError(f"{path}: not a regular file; save it as one")

@@ -114,6 +114,12 @@ def test_a_log_with_times_is_kept_with_them(tmp_path):
         minirec.fit(later, folder=tmp_path / "run", split="temporal", resume=True, **QUIET)
 
 
+def test_a_log_that_was_made_by_hand_is_kept_too(log, tmp_path):
+    wide = replace(log, sequence=log.sequence.astype(np.int64))
+    model = minirec.fit(wide, folder=tmp_path / "run", **QUIET)
+    assert minirec.load(tmp_path / "run").evaluate() == model.evaluate()
+
+
 @pytest.mark.parametrize("damage", ["sequence", "offsets", "users"])
 def test_a_kept_log_that_is_damaged_is_refused(log, tmp_path, damage):
     model = minirec.fit(log, folder=tmp_path / "run", **QUIET)
@@ -171,7 +177,9 @@ def test_another_log_is_ranked_as_the_same_log_where_it_is_the_same(log, model):
         (lambda m: minirec.fit(m.log, split="temporal"), "^the log has no timestamps"),
         (lambda m: minirec.compare([m], [minirec.fit(m.log, seed=1, **QUIET)]), "same seeds"),
         (lambda m: minirec.study({"l": m.log}, colour=1), "takes no colour"),
+        (lambda m: minirec.study({"study.json": m.log}), "becomes a folder.s"),
         (lambda m: minirec.load("nowhere"), "not a run folder"),
+        (lambda m: minirec.Log.from_columns([b"u"] * 3, [1, 2, 3]), "texts, numbers or dates, one a row, not bytes"),
     ],
 )
 def test_a_mistake_in_python_is_one_line(model, call, words):
@@ -324,7 +332,7 @@ def test_a_model_of_a_filtered_log_says_whose_numbers_its_items_have(rng):
         ({"ties": "shuffle"}, "ties: a Log is read already; give this to read_log"),
         ({"logs": None}, "a study takes {name: Log}"),
         ({"logs": "list of Logs"}, "a study takes {name: Log}"),
-        ({"logs": "../x"}, "the log's name '../x' becomes that of a folder"),
+        ({"logs": "../x"}, "the log's name '../x' becomes a folder's"),
         ({"logs": iter(())}, "a study takes {name: Log}"),
         ({"logs": iter(["nowhere.txt"])}, "nowhere.txt: cannot be read"),
     ],

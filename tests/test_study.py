@@ -802,6 +802,9 @@ def test_what_a_study_cannot_take_is_refused(tmp_path):
     ):
         with pytest.raises(UserError, match=words):
             grid.study({"mine": log}, **arguments)
+    (tmp_path / "study.csv").write_text("mine")
+    with pytest.raises(UserError, match="study.csv: no study's, and not overwritten"):
+        grid.study({"mine": log}, folder=tmp_path)
     with pytest.raises(UserError, match="two logs are called a"):
         for name in ("a.csv", "a.txt"):
             (tmp_path / name).write_text("u a b c d\nv b c d a\n")

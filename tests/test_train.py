@@ -265,13 +265,16 @@ def test_killed_at_any_call_that_changes_the_disk_and_resumed_gives_the_same_bit
 
 
 def test_an_epoch_that_was_recorded_is_not_taken_back(small, tmp_path):
-    """Its parameters may be the checkpoint already: even with --epochs below it the run repeats it."""
+    """Its parameters may be the checkpoint already: the run repeats it, and goes on with no fewer epochs."""
     log, settings = small
     train(log, settings, tmp_path / "whole")
     assert best(files.read_json_lines(tmp_path / "whole/metrics.jsonl"))["epoch"] == 3
     shutil.copytree(tmp_path / "whole", tmp_path / "run")
     (tmp_path / "run/state.previous.npz").replace(tmp_path / "run/state.npz")
-    settings["training"]["epochs"] = 2
+    fewer = settings | {"training": settings["training"] | {"epochs": 2}}
+    for folder in ("run", "whole"):
+        with pytest.raises(UserError, match="ran for 3 epochs, longer than --epochs"):
+            train(log, fewer, tmp_path / folder, resume=True)
     records, complete, _ = train(log, settings, tmp_path / "run", resume=True)
     assert complete and len(records) == 3
     assert content(tmp_path / "run") == content(tmp_path / "whole")
@@ -314,12 +317,13 @@ def test_a_folder_in_use_is_refused(small, tmp_path):
         train(log, settings, tmp_path / "run")
 
 
-def test_a_folder_that_holds_something_else_is_left_alone(small, tmp_path):
+@pytest.mark.parametrize("name", ["thesis.tex", "items.json"])
+def test_a_folder_that_holds_something_else_is_left_alone(small, tmp_path, name):
     log, settings = small
-    (tmp_path / "thesis.tex").write_text("years of work")
-    with pytest.raises(UserError, match="thesis.tex"):
+    (tmp_path / name).write_text("years of work")
+    with pytest.raises(UserError, match=f"holds {name} and no run"):
         train(log, settings, tmp_path)
-    assert [f.name for f in tmp_path.iterdir()] == ["thesis.tex"]
+    assert [f.read_text() for f in tmp_path.iterdir()] == ["years of work"]
 
 
 def rewrite(path, **changes):

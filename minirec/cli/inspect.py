@@ -318,11 +318,9 @@ def report(run, data, out):
     is_study = (folder / "study.json").exists()
     if data and is_study:
         raise click.UsageError("--data is for the log of a run; the page of a study needs none.")
-    if is_study:
-        content = reporting.describe_study(folder)
-    else:
-        content = reporting.describe_run(load(folder, data, read=load_log))
-    page = reporting.page(content)
+    page = reporting.page(
+        reporting.describe_study(folder) if is_study else reporting.describe_run(load(folder, data, read=load_log))
+    )
     # A link is followed where a person named it, never where it lay in a folder that may be a stranger's.
     write, out = (files.write, out) if out else (files.replace, folder / "report.html")
     write(out, lambda file: file.write(page))

@@ -123,6 +123,9 @@ def texts_of(column):
                 raise UserError(f"{time} lies outside the years that nanoseconds reach, 1678 to 2261")
             column = np.datetime_as_string(column.astype("M8[ns]"))
         column = column.tolist()
+    column = list(column)
+    if wrong := {*map(type, column)} & {bytes, list, tuple, dict, set}:
+        raise UserError(f"a column holds texts, numbers or dates, one a row, not {wrong.pop().__name__}")
     return [
         "" if value is None else str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
         for value in column

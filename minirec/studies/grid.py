@@ -37,13 +37,13 @@ from minirec.training import runs
 from minirec.training.fit import SPLITTING, load, train
 from minirec.training.mpi import launched_rank
 from minirec.training.parallel import PROCESSES, die_with_parent, usable_cores
-from minirec.training.progress import finished
+from minirec.training.progress import check_length
 from minirec.training.settings import LOG_OPTIONS, SIZES, TRAINING, Source, make_settings, model_config, picked
 
 DENSE = 0.02  # share of all user-item pairs; such logs take a dropout of 0.2, sparser ones of 0.5, as in the paper
 LONG = 100  # mean history from which the last 200 items are kept, not the last 50, as in the paper
 
-FOLDER = re.compile(r"(?!\.+$)[^/\\\x00-\x1f]+")  # what a log may be called
+FOLDER = re.compile(r"(?!\.+$|study\.(json|csv)$)[^/\\\x00-\x1f]+")  # what a log may be called
 KEPT = f"../{runs.LOG}"  # where a log that is no file lies, seen from its runs
 OPTIONS = {*LOG_OPTIONS, *SIZES, *TRAINING} - {"attn", "seed", "workers"}  # what a study takes, as fit does
 # The planted logs must show their regimes in two minutes: small models, large steps, short histories. taste has many
@@ -130,8 +130,8 @@ def prepare(name, log, options, read, say):
     """
     reading = picked(options, LOG_OPTIONS)
     if log is not None:
-        if not isinstance(name, str) or not 0 < len(name) <= files.LONGEST_NAME or not FOLDER.fullmatch(name):
-            raise UserError(f"the log's name {name!r:.80} becomes that of a folder: choose a short one without slashes")
+        if not isinstance(name, str) or len(name) > files.LONGEST_NAME or not FOLDER.fullmatch(name):
+            raise UserError(f"the log's name {name!r:.80} becomes a folder's: choose a short one without slashes")
         check_log(log, f"study, for {name},")
         if of_files := picked(options, [name for name in LOG_OPTIONS if name not in SPLITTING]):
             raise UserError(f"{', '.join(of_files)}: a Log is read already; give this to read_log")
@@ -232,8 +232,11 @@ def sensible(log):
 def grid(datasets, weightings, n_seeds, out):
     """Return the Jobs of a study in folder `out`, dataset by dataset, seed by seed.
 
-    Raises UserError where a folder holds a run with other settings, or a link leads it out of `out`.
+    Raises UserError where a folder holds a run with other settings, a link leads it out of `out`, or a file that no
+    study wrote would be overwritten.
     """
+    if (out / "study.csv").exists() and not (out / "study.json").exists():  # which a study writes first
+        raise UserError(f"{out / 'study.csv'}: no study's, and not overwritten; remove it, or choose another --out")
     order = itertools.product(datasets, range(n_seeds), weightings)
     jobs = [Job(dataset, attn, seed, out / dataset.name / f"{attn}-{seed}") for dataset, seed, attn in order]
     for job in jobs:
@@ -241,12 +244,7 @@ def grid(datasets, weightings, n_seeds, out):
             raise UserError(f"{job.folder}: a link that leads out of {out}; choose another --out")
         if any((job.folder / name).exists() for name in (*runs.STATES, "analysis.json")):
             runs.check_same(job.folder, job.settings())
-            records = runs.load_records(job.folder)
-            if records[:-1] and finished(records[:-1], job.settings()["training"]):
-                raise UserError(
-                    f"{job.folder}: ran for {len(records)} epochs, longer than --epochs and --patience allow now; "
-                    "give those that it ran with, or choose another --out"
-                )
+            check_length(job.folder, runs.load_records(job.folder), job.settings()["training"])
     return jobs
 
 

@@ -355,5 +355,5 @@ def write_results(out, results):
         raise UserError(f"{path}: damaged, or of an older version ({error}); remove it, then start again") from None
     lines = [[name, arm, seed, *(f"{value:.6f}" for value in values.values())] for name, arm, seed, values in table]
     csv.writer(text, lineterminator="\n").writerows([["dataset", "arm", "seed", *table[0][3]], *lines])
-    files.replace(out / "study.csv", lambda file: file.write(text.getvalue().encode()))
     files.write_json(path, {"datasets": everything})
+    files.replace(out / "study.csv", lambda file: file.write(text.getvalue().encode()))

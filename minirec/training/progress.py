@@ -35,7 +35,7 @@ class Progress:
     def __init__(self, settings, folder, team, n_steps, log):
         self.settings, self.folder, self.team, self.n_steps = settings, folder, team, n_steps
         self.config, self.training = model_config(settings), settings["training"]
-        state, self.loaded, self.records, self.n_recorded = team.ranks.broadcast(self._load)
+        state, self.loaded, self.records = team.ranks.broadcast(self._load)
         for name, vector in team.vectors.items():
             vector[...] = backend.to_device(state[name], team.xp)
         # The loss of a step is the sum over the ranks. That of the steps before is kept by the first rank alone.
@@ -49,21 +49,17 @@ class Progress:
             runs.write_settings(folder, settings, log)
 
     def _load(self):
-        """Return the state to go on from, its file's name, the records of the epochs before it, and how many records
-        there are."""
+        """Return the state to go on from, its file's name, and the records of the epochs before it."""
         state, name, records = initial_state(self.config, self.training["seed"], self.n_steps), None, []
         if self.folder:
             state, name = load_state(self.folder, self.settings, state)
             records = runs.load_records(self.folder, int(state["step"]) // self.n_steps)
-        return state, name, records[: int(state["step"]) // self.n_steps], len(records)
+            check_length(self.folder, records, self.training)
+        return state, name, records[: int(state["step"]) // self.n_steps]
 
     def complete(self):
-        """Whether training has come to its end: all epochs are done, or `patience` of them have passed since the best.
-
-        A run that was killed between the writes that end an epoch repeats that epoch, whose parameters may be the
-        checkpoint already.
-        """
-        return len(self.records) >= self.n_recorded and finished(self.records, self.training)
+        """Whether training has come to its end."""
+        return finished(self.records, self.training)
 
     def close_epoch(self, sequence, valid):
         """Rank the validation targets and add the epoch's record; keep the parameters if they are the best so far.
@@ -156,6 +152,19 @@ def finished(records, training):
     """Whether all epochs are done, or `patience` of them have passed since the best one."""
     n = len(records)
     return n >= training["epochs"] or (n > 0 and n - best(records)["epoch"] >= training["patience"])
+
+
+def check_length(folder, records, training):
+    """Raise UserError where a run went on for longer than its `epochs` and `patience` are now.
+
+    Its checkpoint may be of a later epoch. The last record does not count: a run that was killed while it wrote what ends
+    an epoch repeats that one.
+    """
+    if records[:-1] and finished(records[:-1], training):
+        raise UserError(
+            f"{folder}: ran for {len(records)} epochs, longer than --epochs and --patience allow now; "
+            "give those that it ran with, or choose another --out"
+        )
 
 
 # The state

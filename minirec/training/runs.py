@@ -81,8 +81,8 @@ def opened(folder, resume, saving=False):
     files.make_folder(folder)
     with files.naming(folder, "cannot be used as a run folder"):
         names = sorted(path.name for path in folder.iterdir())
-    strangers = [name for name in names if name.removeprefix(".").removesuffix(".tmp") not in FILES]
-    if strangers and not (folder / "config.json").exists():
+    strangers = [name for name in names if name not in {f".{ours}.tmp" for ours in FILES}]
+    if strangers and "config.json" not in names:  # which is written first, and so stands wherever a run began
         raise UserError(f"{folder}: holds {strangers[0]} and no run; choose a new or empty folder")
     for name in FILES:
         files.check_regular(folder / name)
@@ -126,7 +126,15 @@ def fingerprint(path, hint=""):
     log = embedded_log(path)
     if log is not None:
         return log.sha256()
-    return files.fingerprint(path, did_you_mean(path, planted.DATASETS) + hint)
+    return files.fingerprint(path, hint or named_logs(path))
+
+
+def named_logs(path):
+    """Return the end of an error line: which log a person may have meant who named no file; "" where unclear."""
+    public = files.read_json(Path(planted.__file__).with_name("catalogue.json"))["datasets"]
+    if path in [entry["name"] for entry in public]:
+        return f"; python cli.py fetch {path} brings it as datasets/{path}.csv"
+    return did_you_mean(path, planted.DATASETS)
 
 
 def load_log(source, progress=None, to_split=True):
@@ -201,6 +209,7 @@ def write_settings(folder, settings, log):
 def keep_log(folder, log):
     """Write a folder's log.npz, a log that lies nowhere else; read_kept_log reads it."""
     values = {part.name: getattr(log, part.name) for part in fields(log)}
+    values["sequence"] = np.asarray(log.sequence, np.int32)  # a Log that was made by hand may hold wider numbers
     files.write_arrays(folder / LOG, {name: np.asarray(x) for name, x in values.items() if x is not None})
 
 
