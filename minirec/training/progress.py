@@ -157,8 +157,8 @@ def finished(records, training):
 def check_length(folder, records, training):
     """Raise UserError where a run went on for longer than its `epochs` and `patience` are now.
 
-    Its checkpoint may be of a later epoch. The last record does not count: a run that was killed while it wrote what ends
-    an epoch repeats that one.
+    Its checkpoint may be of a later epoch. The last record does not count: a run that was killed between two writes at
+    the end of an epoch repeats it.
     """
     if records[:-1] and finished(records[:-1], training):
         raise UserError(
