@@ -86,6 +86,30 @@ def test_what_is_wrong_is_named(name, body, says, tmp_path):
     assert not right and says in found and "hint: " in found
 
 
+ROWS = "s = {}\ne = np.exp(s)\nreturn e / e.sum(axis={}, keepdims=True)"
+TOKENS = """z = x @ items.T
+z = z - z.max(axis=1, keepdims=True)
+p = np.exp(z) / np.exp(z).sum(axis=1, keepdims=True)
+row = np.arange(len(x))
+loss = -np.log(p[row, targets]).sum()
+p[row, targets] -= 1
+d_items += p.T @ x * {0}
+return loss * {0}, p @ items * {0}"""
+LATER = {  # right on one small example, wrong in the model
+    "a maximum of the future": ("softmax", ROWS.format("scores - scores.max(-1, keepdims=True) + mask", -1), "large"),
+    "a sum over sequences": ("softmax", ROWS.format("scores - scores.max() + mask", "(0, -1)"), "two sequences"),
+    "1/N for scale": ("cross_entropy", TOKENS.format("(1 / len(x))"), "random"),
+    "log of 0": ("cross_entropy", TOKENS.format("scale"), "large"),
+    "no mask": ("dropout_backward", "return d_out * mask", "no dropout: mask is None"),
+}
+
+
+@pytest.mark.parametrize("name, body, says", LATER.values(), ids=LATER)
+def test_what_is_wrong_in_one_case_alone_is_refused_and_the_case_is_named(name, body, says, tmp_path):
+    right, found = judged(name, write(name, body), tmp_path)
+    assert not right and [line for line in found.splitlines() if line.endswith(":")][-1].startswith(says)
+
+
 def test_a_file_without_the_function_is_told_so(tmp_path):
     right, says = judged("softmax", "def soft_max(scores): pass", tmp_path)
     assert not right and says.startswith("off: it defines no function softmax\nhint: ")

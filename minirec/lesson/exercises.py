@@ -93,8 +93,8 @@ def embedding_backward():
 
 
 def softmax():
-    small, large = draw((1, 2, 4, 4), (1, 1, 5, 5))
-    for says, scores in (("two heads", small), ("large scores", 1000 * large)):
+    small, large = draw((2, 2, 4, 4), (1, 1, 5, 5))
+    for says, scores in (("two sequences, two heads", small), ("large scores", 10000 * large)):
         arguments = {"scores": scores, "mask": attention.causal_mask(scores.shape[-1], scores)}
         yield Case(says, arguments, ("weights",), destroys=("scores",))
 
@@ -126,11 +126,11 @@ def layer_norm_backward():
 
 
 def cross_entropy():
-    (x, items, d_items), targets = draw((5, 4), (7, 4), (7, 4)), np.array([3, 0, 6, 3, 2])
-    value = lambda: loss.cross_entropy(x, items, targets, 0.2, np.zeros_like(items))[0]
-    wanted = differences(value, 1, x=x, items=items)
-    arguments = {"x": x, "items": items, "targets": targets, "scale": 0.2, "d_items": d_items}
-    yield Case("random tokens", arguments, ("loss", "d_x"), ("d_items",), wanted, {"scale": 0.2, "D": 4, "V": 7})
+    (tokens, items, d_items), targets = draw((5, 4), (7, 4), (7, 4)), np.array([3, 0, 6, 3, 2])
+    for says, x in (("random tokens", tokens), ("large logits", 500 * tokens)):
+        wanted = differences(lambda x=x: loss.cross_entropy(x, items, targets, 0.3, 0 * items)[0], 1, x=x, items=items)
+        arguments = {"x": x, "items": items, "targets": targets, "scale": 0.3, "d_items": d_items}
+        yield Case(says, arguments, ("loss", "d_x"), ("d_items",), wanted, {"scale": 0.3, "N": 5, "D": 4, "V": 7})
 
 
 def mixing_ratios():
@@ -358,9 +358,9 @@ def judge(name, path):
         if not callable(namespace.get(exercise.function)):
             raise Fault(f"it defines no function {exercise.function}")
         for case in cases:
+            lines.append(f"{case.says}:")
             with naming_its_line(path):
                 found = results(case, namespace[exercise.function])
-            lines.append(f"{case.says}:")
             wanted, hints = results(case, ours(exercise)) | case.wanted, []
             for result in sorted(found, key=[*exercise.hints, *found].index):
                 says = wrong(exercise, case, result, found[result], wanted[result])
