@@ -14,6 +14,7 @@ import pytest
 from browser import Browser
 from helpers import call_cli
 
+import minirec
 from minirec import model, plain
 from minirec.attention import known_weightings
 from minirec.lesson import exercises, recording
@@ -212,7 +213,13 @@ def test_the_page_loads_nothing_and_runs_one_script(page):
 
 def test_every_exercise_stands_on_the_page_and_beside_its_function(page, data):
     assert [name for name, *_ in data["exercises"]] == list(exercises.CASES)
-    assert "python cli.py exercise layer_norm_backward</code>" in page
+    for name in ("layer_norm_backward", "attention_backward", "attention_backward_dropout"):  # two of one function
+        assert f"python cli.py exercise {name}</code>" in page
+
+
+def test_the_chapters_stand_in_the_reading_order():
+    course = minirec.__doc__.split("in this order:")[1].replace("\n", " ").strip(" .").split(", ")
+    assert lesson.NAMES == [name for name in course if name in lesson.NAMES]
 
 
 def test_the_command_writes_the_page(page, tmp_path):

@@ -76,7 +76,7 @@ def chapter(module):
     """Return a module as HTML: each of its parts with its text on the left and its code on the right."""
     source, name = inspect.getsource(module), module.__name__.removeprefix("minirec.")
     tree, lines, code = ast.parse(source), source.splitlines(), coloured(source)
-    solved = {words.function: title for title, words in exercises().items() if words.module == name}
+    asked = [(title, words.function) for title, words in exercises().items() if words.module == name]
     parts = [f'<section id="{name}"><h2>{name}.py</h2><div class="prose">{prose(ast.get_docstring(tree))}</div>']
     words = {n: line.strip().removeprefix("# ") for n, line in enumerate(lines, 1) if line.lstrip().startswith("#")}
     units = {}  # {line: the function or class that it belongs to}
@@ -97,8 +97,8 @@ def chapter(module):
                 rows[-1][0] += prose("\n".join(words[n] for n in group))
             else:
                 rows[-1][1] += "".join(line_of_code(f"{name}-{n}", n, code[n - 1]) for n in group)
-        if unit and unit.name in solved:
-            command = f"python cli.py exercise {solved[unit.name]}"
+        for title in [title for title, function in asked if unit and unit.name == function]:
+            command = f"python cli.py exercise {title}"
             rows[-1][0] += f'<p class="try">Write it yourself: <code>{command}</code></p>'
         function = f' data-function="{name}.{unit.name}"' if unit else ""
         body = "".join(f'<div class="text">{text}</div><div class="code">{shown}</div>' for text, shown in rows)

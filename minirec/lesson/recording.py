@@ -24,7 +24,7 @@ from minirec import attention, backend, decompose, loss, model, ops, optimizer, 
 SEQUENCES = [np.array(s) for s in ([3, 1, 4, 1, 5], [2, 0, 3], [5, 2, 0, 4])]  # inputs are s[:-1], targets s[1:]
 STD = 0.5  # of the parameters
 SEED = 9  # with it, no relu unit is always off, and gradients are large enough to follow
-CORE = (plain, backend, ops, packing, attention, loss, parameters, model, optimizer, decompose)  # in reading order
+CORE = (plain, backend, ops, packing, attention, loss, parameters, optimizer, model, decompose)  # in reading order
 FILES = {module.__file__: module for module in CORE}
 
 
