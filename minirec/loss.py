@@ -81,10 +81,10 @@ def sampled_cross_entropy(x, items, targets, negatives, scale, d_items):
     s = row_sum(e) + e_target  # [N, 1]
     loss = (xp.log(s) - logits_target).sum(dtype=xp.float64)
     scale_over_s = scale / s  # [N, 1]
-    d_target = (e_target - s) * scale_over_s  # dloss/dlogits_target, [N, 1]
-    d_x = (e @ items_negative) * scale_over_s + d_target * items_target
+    d_logits_target = (e_target - s) * scale_over_s  # [N, 1]
+    d_x = (e @ items_negative) * scale_over_s + d_logits_target * items_target
     scatter_add(d_items, negatives, e.T @ (x * scale_over_s))
-    scatter_add(d_items, targets, d_target * x)
+    scatter_add(d_items, targets, d_logits_target * x)
     return loss * scale, d_x
 
 
@@ -96,7 +96,7 @@ def binary_cross_entropy(x, items, targets, negatives, scale, d_items):
     the target, -1 for the negative:
         -log sigmoid(z) = log(1 + exp(-z)), computed by logaddexp(0, -z), which cannot overflow
         its derivative by z is -exp(-z) / (1 + exp(-z)) = -(1 - sigmoid(z))
-        dloss/dlogit = -sign (1 - sigmoid(z))
+        dloss/dlogit = -sign (1 - sigmoid(z)), since dz/dlogit = sign
     Otherwise as cross_entropy.
     """
     xp = get_array_module(x)
@@ -106,7 +106,7 @@ def binary_cross_entropy(x, items, targets, negatives, scale, d_items):
         rows = items[index]  # [N, D]
         z = sign * row_sum(x * rows)  # [N, 1]
         loss += xp.logaddexp(0, -z).sum(dtype=xp.float64)
-        d_z = -sign * scale * 0.5 * (1 - xp.tanh(z / 2))  # sigmoid(z) = (1 + tanh(z/2)) / 2
-        d_x += d_z * rows
-        scatter_add(d_items, index, d_z * x)
+        d_logit = -sign * scale * 0.5 * (1 - xp.tanh(z / 2))  # sigmoid(z) = (1 + tanh(z/2)) / 2
+        d_x += d_logit * rows
+        scatter_add(d_items, index, d_logit * x)
     return loss * scale, d_x

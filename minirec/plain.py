@@ -5,7 +5,8 @@ next. Everything is here: forward, loss, backward, Adam, a training loop, an eva
 same thing faster. They also derive the formulas that this file only states. The tests hold them equal to this one.
 
 Symbols: L positions of one sequence, D hidden size, H heads, K = D/H, V items; LN layer norm; i a position that looks
-back, j <= i one that is looked at; d_y the gradient dLoss/dy, of y's shape. @ multiplies matrices, * entries.
+back, j <= i one that is looked at. @ multiplies matrices, * entries. d_y is the gradient dLoss/dy: an array of y's
+shape that says how fast the loss grows with each entry of y. If f computes y from x, f_backward computes d_x from d_y.
 
     x      = LN(E[item] sqrt(D) + P[position])              E [V, D] items, P positions, its first L rows
     block: A_h   = softmax over j <= i of q_i . k_j / sqrt(K)   q, k, v = x W + b; head h has K columns of each
@@ -16,10 +17,10 @@ back, j <= i one that is looked at; d_y the gradient dLoss/dy, of y's shape. @ m
     logits = x E^T                                          loss = -log softmax(logits)[next item]
 
 In training, dropout masks multiply A, o, the outputs of both feed-forward layers, and the sum E[item] sqrt(D) +
-P[position] (`draw_masks`). Two things differ from the original: LN comes after each sum, and the loss is over all
-items. The study puts a fixed matrix in the place of A (`attention_weights`) and leaves everything else as it is.
+P[position] (`draw_masks`). Three things differ from the original: W_o joins the heads, LN comes after each sum, and the
+loss is over all items. The study puts a fixed matrix in the place of A (`attention_weights`) and changes nothing else.
 
-    python -m minirec.plain         trains learned and uniform attention on a small dataset, on one core
+    python -m minirec.plain         trains learned and uniform attention on a small dataset, in a few minutes
 """
 
 import time
@@ -30,7 +31,7 @@ import numpy as np
 def init_parameters(n_items, d=64, n_blocks=2, max_length=50, seed=0):
     """Return the parameters, {name: array}: gamma 1, biases and beta 0, matrices random with mean 0.
 
-    W_q, W_k, W_v are Xavier-uniform, drawn as one matrix [D, 3D]; the others are normal with standard deviation 0.02.
+    W_q, W_k, W_v are Xavier-uniform, as parts of one matrix [D, 3D]; all others normal with standard deviation 0.02.
     Names, shapes and values are those of the fast model (parameters.py). Gradients have the same names.
     """
     rng, bound = np.random.default_rng(seed), np.sqrt(6 / (4 * d))
@@ -117,33 +118,32 @@ def block(x, p, name, n_heads, attn, masks):
 
 
 def block_backward(d_out, cache, p, g, name, n_heads, attn, masks):
-    """Return d_x [L, D]: the lines of `block` from the last to the first.
+    """Return d_x [L, D]: the lines of `block` from the last to the first. All d_ are [L, D].
 
     A sum passes its gradient on to both summands. What is used twice gets the sum of what comes back.
     """
     x, q, k, v, y, u = (cache[key] for key in ("x", "q", "k", "v", "y", "u"))
-    d_sum = layer_norm_backward(d_out, cache["norm_out"], p, g, f"{name}.ffn_norm")  # the gradient of y + f
+    d_sum = layer_norm_backward(d_out, cache["norm_out"], p, g, f"{name}.ffn_norm")  # of y + f, so of y and of f
     d_f = d_sum * masks.get(f"{name}.ffn_2", 1)
     d_relu = linear_backward(d_f, np.maximum(u, 0), p, g, f"{name}.ffn", "2")
     d_u = d_relu * (u > 0) * masks.get(f"{name}.ffn_1", 1)
     d_y = d_sum + linear_backward(d_u, y, p, g, f"{name}.ffn", "1")
-    d_sum = layer_norm_backward(d_y, cache["norm_y"], p, g, f"{name}.attention_norm")  # the gradient of x + o
-    d_o = d_sum * masks.get(f"{name}.o", 1)
+    d_x = layer_norm_backward(d_y, cache["norm_y"], p, g, f"{name}.attention_norm")  # of x + o, so of x and of o
+    d_o = d_x * masks.get(f"{name}.o", 1)
     d_mixed = linear_backward(d_o, cache["mixed"], p, g, f"{name}.attention", "o")
     d_q, d_k, d_v = np.zeros_like(q), np.zeros_like(k), np.zeros_like(v)
     for h, c in enumerate(np.split(np.arange(x.shape[1]), n_heads)):
         head = d_mixed[:, c], q[:, c], k[:, c], v[:, c], cache["a"][h], masks.get(f"{name}.attention.{h}", 1)
         d_q[:, c], d_k[:, c], d_v[:, c] = attention_backward(attn, *head)
-    for d_y, n in zip((d_q, d_k, d_v), "qkv", strict=True):
-        d_sum = d_sum + linear_backward(d_y, x, p, g, f"{name}.attention", n)
-    return d_sum
+    for d_n, n in zip((d_q, d_k, d_v), "qkv", strict=True):
+        d_x = d_x + linear_backward(d_n, x, p, g, f"{name}.attention", n)
+    return d_x
 
 
 def forward(items, p, n_heads, attn, masks=None):
     """Represent every position of one sequence: items [L] -> x [L, D], and the caches of embedding norm and blocks.
 
-    attn: the weighting of each block. masks: {name: array} of dropout, 0 where an entry is dropped
-    and 1/(1 - rate) where it is kept; what has no mask is kept.
+    attn: the weighting of each block. masks: {name: array}, 0 for what is dropped, else 1/(1 - rate); none: all kept.
     """
     masks, blocks, d = masks or {}, [], p["item_embedding"].shape[1]
     x = p["item_embedding"][items] * np.sqrt(d) + p["position_embedding"][: len(items)]  # [L, D]
