@@ -14,10 +14,16 @@ predict item i + 1 and must not see it. Each head does this on K columns of its 
 Why 1/sqrt(K): let the entries of q and k be independent, with mean 0 and variance 1. A product of two of them then
 has variance 1, and the sum of K such products has variance K. Divided by sqrt(K), s has variance 1 whatever K is.
 Without it, scores would grow like sqrt(K), and softmax would put nearly all weight on one position. Its derivatives,
-A_j (delta_jl - A_l) below, would then be near 0, and nothing would be learned.
+A_j (delta_jl - A_l) below, would then be near 0, and queries and keys would hardly learn.
 
-The fixed weightings put a constant matrix in the place of the softmax. Queries and keys then reach no output, so
-the gradients of W_q, b_q, W_k and b_k are 0, and Adam, whose step is 0 where every gradient was 0, never moves them.
+The fixed weightings put a constant matrix in the place of the softmax. For three positions:
+
+    uniform   1    0    0        identity   1    0    0        recency   1    0    0
+             1/2  1/2   0                   0    1    0                 1/3  2/3   0
+             1/3  1/3  1/3                  0    0    1                 2/11 3/11 6/11
+
+Queries and keys then reach no output, so the gradients of W_q, b_q, W_k and b_k are 0. Adam never moves them, because
+its step is 0 where every gradient was 0.
 """
 
 from typing import NamedTuple
@@ -51,7 +57,7 @@ def fixed_weights(weighting, length, like):
     xp = get_array_module(like)
     position = xp.arange(length, dtype=like.dtype)
     i, j = position[:, None], position[None, :]
-    a = FIXED[weighting](i, xp.minimum(i, j)) * (j <= i)  # no formula sees j > i; the future gets 0
+    a = FIXED[weighting](i, xp.minimum(i, j)) * (j <= i)  # no formula sees j > i, where 1 + i - j can be 0
     a = a.astype(like.dtype)
     return a / row_sum(a)
 
@@ -132,10 +138,11 @@ def attention_backward(d_mixed, caches, buckets, weighting):
            d_A = d_mixed v^T        d_v = A^T d_mixed
        One row of the softmax, S = sum_l exp(s_l): A_j = exp(s_j) / S. By the quotient rule
            dA_j/ds_l = delta_jl exp(s_j) / S - exp(s_j) exp(s_l) / S^2 = A_j (delta_jl - A_l)
-           d_s_l = sum_j d_A_j dA_j/ds_l = A_l (d_A_l - r),        r = sum_j d_A_j A_j, one number a row
+           d_s_l = sum_j d_A_j dA_j/ds_l = d_A_l A_l - A_l sum_j d_A_j A_j
+                 = A_l (d_A_l - r),        r = sum_j d_A_j A_j, one number a row
        This is 0 for l > i, where A_l is 0: the backward needs no mask of the future.
        s = q k^T / sqrt(K) is a product again:
-           d_q = d_s k / sqrt(K)        d_k = d_s^T q / sqrt(K)
+           d_q = d_s k / sqrt(K)        d_k = d_s^T q / sqrt(K), the transpose of d(k^T) = q^T d_s / sqrt(K)
 
     2. With dropout. mixed = A' v with A' = A * M. Then v meets A', and A is reached through the mask:
            d_v = A'^T d_mixed        d_A' = d_mixed v^T        d_A = d_A' * M

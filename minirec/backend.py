@@ -1,7 +1,7 @@
 """Which array library computes: NumPy on the CPU, or CuPy on a GPU.
 
 Everything else is written once, against the functions that the two libraries share; `xp` is the one in use. Where
-they differ, the difference lives here.
+they differ, the difference lives here. The mark @fused is for a GPU only (gpu.py): pass over it.
 """
 
 import sys

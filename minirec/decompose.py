@@ -165,8 +165,8 @@ def decompose(parameters, config, sequences, run=map, progress=None):
     its last call. Returns a dict of host arrays, tokens [N] sequence after sequence, oldest position first:
         blocks      a list of {"attn", "attn_res", "attn_res_ln": [N], "entropy": [N, H],
                     "attention", "contribution": [RECENT, RECENT]}. The last two are aligned at the LATEST
-                    position (the last row and column). A cell is the mean over the sequences that reach
-                    back to it, attention also over heads; cells after the query are NaN
+                    position (the last row and column). A cell is the mean over the sequences that are long
+                    enough to have it, of attention also over heads; where the key is after the query, it is NaN
         sequences   [N] the number of the sequence; positions [N] 0 = oldest kept; latest [N] bool
     Raises UserError for an empty sequence or an item outside 0..V-1.
     """

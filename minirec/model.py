@@ -4,7 +4,7 @@ Symbols: N tokens (all positions of a batch, packed), D hidden size, H heads, K 
 item embedding, P [max_length, D] position embedding, W [D, D]. Position 0 is the oldest item kept.
 
     x      = LN(dropout(E[item] sqrt(D) + P[position]))
-    per block, post-LN (Kang and McAuley normalise the input of each sub-layer instead: pre-LN):
+    per block, post-LN (Kang and McAuley normalise the input of each sub-layer instead, and have no W_o):
       o    = attention(x W_q + b_q, x W_k + b_k, x W_v + b_v) W_o + b_o
       y    = LN(x + dropout(o))
       x    = LN(y + dropout(relu(dropout(y W_1 + b_1)) W_2 + b_2))
@@ -64,7 +64,7 @@ def block(x, p, buckets, config, weighting, rng):
     # 3. residual and layer norm                                                     [N, D]
     o, c["o_dropout"] = dropout(o, rate, rng)
     y, c["attention_norm"] = layer_norm(x + o, p["attention_norm.gamma"], p["attention_norm.beta"])
-    # 4. feed-forward (FFN); dropout may come before relu: relu(mask * f) = mask * relu(f)  [N, D]
+    # 4. feed-forward (FFN); dropout before relu or after: mask >= 0, so relu(mask * f) = mask * relu(f)  [N, D]
     f, c["ffn_1"] = linear(y, p["ffn.w_1"], p["ffn.b_1"])
     f, c["ffn_1_dropout"] = dropout(f, rate, rng)
     f, c["relu"] = relu(f)

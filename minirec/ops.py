@@ -74,7 +74,7 @@ def relu(x):
 
 
 def relu_backward(d_out, out):
-    """Return d_x = d_out where x > 0, which is where out > 0; the derivative at 0 is taken as 0."""
+    """Return d_x: d_out where x > 0, that is where out > 0, and 0 elsewhere. (At x = 0 the slope is taken as 0.)"""
     return d_out * (out > 0)
 
 
@@ -142,7 +142,7 @@ def layer_norm_backward(d_out, cache, d_gamma, d_beta):
         dm/dx_k = 1/D
         s^2 = sum_i (x_i - m)^2 / D + eps, so 2 s ds/dx_k = 2/D sum_i (x_i - m)(delta_ik - 1/D)
             = 2/D (x_k - m), for sum_i (x_i - m) = 0; hence ds/dx_k = n_k / D
-        dn_i/dx_k = (delta_ik - 1/D)/s - (x_i - m)/s^2 * n_k/D
+        dn_i/dx_k = (delta_ik - 1/D)/s - (x_i - m)/s^2 * n_k/D        by the quotient rule
                   = (delta_ik - 1/D - n_i n_k / D) / s
         d_x_k = sum_i e_i dn_i/dx_k = (e_k - mean(e) - n_k mean(e n)) / s
     In words: e minus its mean, minus its part along n, all divided by s. These two parts of e are lost, because n does

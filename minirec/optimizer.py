@@ -5,12 +5,14 @@ Symbols: w a parameter, g its gradient, t the step, lr the learning rate; m and 
     m = b1 m + (1 - b1) g              v = b2 v + (1 - b2) g^2
     w = w - lr (m / (1 - b1^t)) / (sqrt(v / (1 - b2^t)) + eps)
 
+The code writes m += (1 - b1) (g - m), which is the same, and v likewise.
+
 Why the 1 - b^t: m starts at 0. Unrolled, m_t = (1 - b1) sum_{i=1..t} b1^(t-i) g_i. If the expectation of g is the
 same at all steps, E[m_t] = E[g] (1 - b1) sum_{i=1..t} b1^(t-i) = E[g] (1 - b1^t), a geometric sum. So m is too small by
 the factor 1 - b1^t. Divided by it, m is an unbiased mean of g from the first step on, and v one of g^2.
 
 What it does: where g is steady, w moves by about lr a step, whatever the scale of g. It moves by less where g keeps
-changing its sign, and by up to a few lr where g is large after many small ones.
+changing its sign, and by up to about 7 lr where g is large after many small ones.
 """
 
 import math

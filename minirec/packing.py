@@ -34,7 +34,7 @@ class Plan(NamedTuple):
 
     gradient_buffers: int  # gradient vectors that may be filled at the same time
     micro_batch_tokens: int  # about so many tokens go through the model at a time
-    bucket_scores: int | None  # with more padded scores, a micro-batch gets 3 buckets, else 1; None: one a length
+    bucket_scores: int | None  # None: one bucket a length; else 1, or 3 where 1 would hold more scores than this
     loss_bytes: int  # a chunk of logits has so many bytes,
     loss_rows: int  # or so many rows, whichever is more (within LARGEST_CHUNK)
 
@@ -128,7 +128,7 @@ class Batch(NamedTuple):
     items: object  # [N] the item at each position
     positions: object  # [N] 0 = oldest item kept
     targets: object  # [N] the item that follows; None where there is nothing to learn
-    negatives: object  # of the sampled losses: [N] one for each, or (set by the caller) [n] for all; else None
+    negatives: object  # [N] one a position (loss "bce"), or [n] for all, set by the caller ("sampled"); else None
     buckets: list  # rectangles for attention
     order: np.ndarray  # [B] which of the given sequences comes first, second, ..., on the host
     lengths: np.ndarray  # [B] ascending, on the host
@@ -183,9 +183,9 @@ def pack_list(sequences, config, xp=np, with_targets=False):
 def micro_batches(lengths, n_buffers, n_tokens):
     """Cut a batch into micro-batches of about n_tokens tokens, and deal them to gradient buffers.
 
-    lengths [B] of the sequences. They are sorted by length, for equal lengths make dense buckets, and cut into
-    micro-batches of about equal token counts, as many for each buffer. Buffer i gets every n_buffers-th of them from
-    the i-th on, so that each buffer has long and short ones.
+    lengths [B] of the sequences. They are sorted by length, because equal lengths make dense buckets, and cut into
+    micro-batches of about equal token counts, the same number for each buffer. With 2 buffers, micro-batches 0, 2, 4,
+    ... go to one and 1, 3, 5, ... to the other: both get short and long sequences.
     Returns, for each buffer, a list of index arrays into `lengths`.
     """
     order = np.argsort(lengths, kind="stable")

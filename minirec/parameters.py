@@ -1,6 +1,6 @@
 """Sizes of the model, and its parameters: names, shapes, initial values.
 
-Symbols: L positions, D hidden size, V items. Parameters are {name: array}. In training the arrays are views on one flat
+Symbol: D hidden size. Parameters are {name: array}. In training the arrays are views on one flat
 vector (`unflatten`), so that Adam, a sum over workers or a checkpoint is one operation; everything else accepts any
 mapping with these names.
 """
@@ -92,9 +92,10 @@ def parameter_count(config):
 def init_parameters(config, seed, dtype=np.float32):
     """Draw initial parameters: gamma 1, biases and beta 0, the rest random with mean 0.
 
-    W_q, W_k and W_v are Xavier-uniform (Glorot and Bengio 2010), drawn as PyTorch's MultiheadAttention draws them, as
-    one matrix [D, 3D]: U(-a, a), a = sqrt(6 / (D + 3D)), a standard deviation of .088 at D = 64. Embeddings and all
-    other matrices are normal with standard deviation 0.02. So start the softmax models of Kozaki et al. (2026).
+    W_q, W_k and W_v are Xavier-uniform (Glorot and Bengio 2010) as parts of one matrix [D, 3D], which is how PyTorch's
+    MultiheadAttention holds them: U(-a, a), a = sqrt(6 / (D + 3D)), a standard deviation of .088 at D = 64. Embeddings
+    and all other matrices are normal with standard deviation 0.02. The softmax models of Kozaki et al. (2026) start
+    like this.
     Returns {name: array}, views on one flat NumPy vector. The draws depend on sizes and seed only, never on the
     weighting or the backend: all models that the study compares start from the same weights.
     """
