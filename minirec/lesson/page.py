@@ -116,7 +116,7 @@ def scenes(attn):
     copies = {name: value.copy() for name, value in p.items()}
     moments = [{name: np.zeros_like(value) for name, value in p.items()} for _ in range(2)]
     with contextlib.suppress(KeyError):  # plain.py does not know a weighting that was registered from outside
-        _, g = plain.loss_and_gradients(sequences, copies, config.n_heads, (attn,))
+        _, g = plain.loss_and_gradients(sequences[::-1], copies, config.n_heads, (attn,))  # L = 3 first: it is not D
         plain.adam_step(copies, g, *moments, step=1)
         plain.hit_rate(sequences, p, config.n_heads, (attn,), k=3)
     plain.init_parameters(6, 4, 1, 4)
