@@ -107,7 +107,7 @@ def block(x, p, name, n_heads, attn, masks):
     mixed, a = np.zeros_like(x), []
     for h, c in enumerate(np.split(np.arange(x.shape[1]), n_heads)):  # c: the K columns of head h
         a.append(attention_weights(attn, q[:, c], k[:, c]))  # [L, L]
-        mixed[:, c] = (a[h] * masks.get(f"{name}.attention.{h}", 1)) @ v[:, c]  # [L, K]
+        mixed[:, c] = (a[h] * masks.get(f"{name}.attention.{h}", 1)) @ v[:, c]  # these columns: [L, K]
     o = linear(mixed, p, f"{name}.attention", "o") * masks.get(f"{name}.o", 1)  # [L, D]
     y, norm_y = layer_norm(x + o, p, f"{name}.attention_norm")
     u = linear(y, p, f"{name}.ffn", "1") * masks.get(f"{name}.ffn_1", 1)  # [L, D]
