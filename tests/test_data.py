@@ -555,6 +555,15 @@ def test_validation_begins_at_the_quantile_of_users_who_have_something_to_valida
     assert list(split.test.users) == [3]
 
 
+@pytest.mark.parametrize("beginning", [0, 1_700_000_000_000_000_001, 0.5])
+def test_a_single_item_counts_in_training_up_to_the_quantile_not_only_up_to_the_last_time_before_it(beginning):
+    """Validation begins at 18, between the times 0 and 20 of the only user who has something to validate."""
+    log = log_of([[0, 1, 2], [1], [2], [3]])
+    for time, trained in ((16, 1), (18, 1), (19, 0)):
+        log.times = np.array([0, 20, 180, time, 22, 24]) + beginning
+        assert list(temporal(log).train_lengths) == [1, trained, 0, 0]
+
+
 @given(st.integers(0, 10**6), st.sampled_from([1_700_000_000_123_456_789, -(2**63), 2**63 - 60]))
 def test_the_temporal_split_tells_times_apart_by_a_nanosecond(seed, beginning):
     rng = np.random.default_rng(seed)

@@ -11,7 +11,7 @@ from minirec.data.log import SHORTEST_SPLIT, users_of
 from minirec.errors import UserError
 from minirec.packing import spans
 
-QUANTILE = 0.9  # of the times of interactions, where the temporal split cuts
+TENTHS = 9  # of the times of interactions lie before the moment at which the temporal split cuts
 
 
 class Targets(NamedTuple):
@@ -44,7 +44,7 @@ def leave_one_out(log):
 def temporal(log):
     """Return the Split at two moments: what was known then is trained on, what came later is predicted.
 
-    The test begins after the QUANTILE of all times. Validation begins after the QUANTILE of the times before
+    The test begins after the 0.9 quantile of all times. Validation begins after the 0.9 quantile of the times before
     that, of the users with at least two interactions there (Kozaki et al. 2026: the others have nothing to validate).
     A user who was active in a part has their last item in it as its target, and all items before that as
     history; so nothing is trained on that happened after the moment at which the model is trained.
@@ -52,14 +52,12 @@ def temporal(log):
     """
     if log.times is None:
         raise UserError("the log has no timestamps, which --split temporal needs; use --split leave-one-out")
-    users, n_users = users_of(log), len(log.users)
-    test_begins = _quantile(log.times)
-    before = log.times <= test_begins
-    known = np.bincount(users[before], minlength=n_users)
+    users, counts = users_of(log), np.diff(log.offsets)
+    before = log.times <= _quantile(log.times)
+    known = np.bincount(users[before], minlength=len(counts))
     usable = before & (known >= 2)[users]
     valid_begins = _quantile(log.times[usable]) if usable.any() else -np.inf
-    trained = np.bincount(users[log.times <= valid_begins], minlength=n_users)
-    counts = np.diff(log.offsets)
+    trained = np.bincount(users[log.times <= valid_begins], minlength=len(counts))
     valid, test = ((after > before) & (after > 1) for before, after in ((trained, known), (known, counts)))
     for part, evaluated in (("validation", valid), ("test", test)):
         if not evaluated.any():
@@ -68,13 +66,15 @@ def temporal(log):
 
 
 def _quantile(times):
-    """Return the largest of times that is not above their QUANTILE.
+    """Return the quantile of times below which TENTHS tenths of them lie, interpolated between two neighbours in order.
 
-    A quantile is interpolated between two times that are neighbours in order, in float64, which rounds nanoseconds
-    of our days to 256 of them. But no time lies between the two: comparing with the lower one says the same, exactly.
+    It is exact for integers, rounded down, after which the same integers are above it: as float64, NumPy rounds
+    nanoseconds of our days to 256 of them.
     """
-    place = int(QUANTILE * (len(times) - 1))
-    return np.partition(times, place)[place]
+    place, tenths = divmod(TENTHS * (len(times) - 1), 10)
+    low, high = np.partition(times, (ends := [place, place + (tenths > 0)]))[ends].tolist()
+    rise = (high - low) * tenths
+    return low + (rise / 10 if isinstance(rise, float) else rise // 10)
 
 
 def _targets(log, evaluated, places):
