@@ -663,6 +663,12 @@ def test_columns_become_the_log_that_their_file_would_be():
         Log.from_columns([1, 2], ["a", "b"], ["2019-10-03", "noon"])
 
 
+@pytest.mark.parametrize("number", [int, float, np.float16, np.float32, np.float64, np.uint8])
+def test_an_id_that_is_a_whole_number_has_no_decimal_point_whatever_type_a_list_holds_it_in(number):
+    log = Log.from_columns([number(7)] * 3 + [number(8)], list(map(number, [1, 2, 1, 3])))
+    assert (log.users, log.items) == (["7", "8"], ["1", "2", "3"])
+
+
 # The small things that a reader's size depends on
 
 

@@ -127,8 +127,8 @@ def texts_of(column):
     if wrong := {*map(type, column)} & {bytes, list, tuple, dict, set}:
         raise UserError(f"a column holds texts, numbers or dates, one a row, not {wrong.pop().__name__}")
     return [
-        "" if value is None else str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
-        for value in column
+        "" if x is None else str(int(x)) if isinstance(x, (float, np.floating)) and x.is_integer() else str(x)
+        for x in column
     ]
 
 
