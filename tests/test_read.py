@@ -6,6 +6,7 @@ import json
 import sys
 import zipfile
 from datetime import UTC, datetime, timedelta, timezone
+from functools import partial
 from itertools import permutations
 
 import numpy as np
@@ -560,6 +561,14 @@ def test_lines_of_json_and_of_python_literals_are_read_and_nothing_is_evaluated(
     for bad in ("[1]", '{"username": ', "{'username': print(1)}", "{'username'}", "7"):
         with pytest.raises(UserError, match="line 3: not one JSON object"):
             read_log(write("\n".join([*map(dump, rows[:2]), bad])))
+
+
+@pytest.mark.parametrize("dump", [json.dumps, partial(json.dumps, ensure_ascii=False), repr])
+def test_an_id_with_a_rare_blank_or_a_joined_emoji_is_the_same_in_json_and_in_a_table(write, dump):
+    ids = ["wide\u3000blank", "no\u00a0break", "\U0001f469\u200d\U0001f4bb", "back\\slash"]
+    rows = [{"user_id": f"u{n % 2}", "item_id": name} for n, name in enumerate(ids * 2)]
+    assert read_log(write([row.values() for row in [dict(user_id="user_id", item_id="item_id"), *rows]])).items == ids
+    assert read_log(write("\n".join(map(dump, rows)))).items == ids
 
 
 @pytest.mark.parametrize("dump", [json.dumps, repr])

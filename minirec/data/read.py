@@ -23,7 +23,7 @@ from operator import itemgetter
 from typing import Any, NamedTuple
 
 from minirec.data.columns import KNOWN, TIMES, choose, clean_name, is_header, known_places, plain_name, shown, values_of
-from minirec.data.log import collect, located, texts_of
+from minirec.data.log import CONTROL, collect, located, texts_of
 from minirec.data.times import day_joined_with
 from minirec.errors import UserError
 from minirec.files import opened_by_name
@@ -289,7 +289,7 @@ def _objects(lines):
                 values = [fields.get(name, "") for name in chosen]
                 if list in map(type, values):
                     lines.fail(f"a list in {', '.join(chosen)}; give a log of one interaction a row")
-                yield lines.number, *(v if v.isprintable() else repr(v)[1:-1] for v in map(str, values))  # as written
+                yield lines.number, *(repr(v)[1:-1] if CONTROL.search(v) else v for v in map(str, values))  # as written
 
     many, parts, prefix = None, {}, ""
     head = [fields for number, line in lines.head for fields in records(line, None, number)]
