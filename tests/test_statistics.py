@@ -135,6 +135,11 @@ def test_a_judgement_of_one_seed_or_of_nothing_is_unclear():
     assert judged(0, 0, mean=0) == "unclear"
 
 
+def test_an_arm_is_better_than_one_that_never_hits():
+    assert judged(0.1, 0.2, mean=0) == "better"
+    assert judged(-0.1, 0.2, mean=0) == "unclear"
+
+
 def test_a_judgement_among_others_needs_more():
     assert judged(0.001, 0.05) == "better" and judged(0.001, 0.05, alpha=0.05 / 3) == "unclear"
     assert judged(-0.0049, 0.0049, alpha=0.05 / 3) == "unclear"

@@ -190,7 +190,7 @@ def judge(comparison, mean, alpha=1 - CONFIDENCE):
     margin whose sign is sure is "equal": it is of no importance.
     """
     both = interval(comparison, alpha)
-    if both is None or mean == 0:
+    if both is None or mean == comparison["difference"] == 0:  # one seed, or nothing that was hit in either arm
         return "unclear"
     low, high = both
     if high <= MARGIN * mean:
