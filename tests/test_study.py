@@ -772,6 +772,13 @@ def test_a_study_from_python_returns_what_it_writes(rng, tmp_path):
     assert result["test_users"] == 9 and result["verdict"].startswith("mine: ")
 
 
+def test_a_new_item_that_the_user_had_just_before_is_one_target_that_cannot_be_hit_and_not_two(tmp_path):
+    log = log_of([[0, 1, 2], [1, 2, 3, 3], [1, 2, 4, 4], [0, 2, 1, 5], [0, 1, 0]])  # 3, 4 and 5 are trained on nowhere
+    (result,) = grid.study({"mine": log}, ["uniform"], 1, tmp_path, epochs=1, hidden=8).values()
+    assert (result["unreachable"], result["cold"]) == (3, 1)
+    assert "4 of 5 targets cannot be hit (3 the user had before, 1 are new)" in result["caveats"]
+
+
 def test_a_run_of_a_study_of_a_log_in_memory_is_loaded_with_the_log_as_it_was_filtered(rng, tmp_path):
     log = log_of([rng.integers(12, size=6).tolist() for _ in range(40)])
     found = grid.study({"mine": log}, ["uniform"], 1, tmp_path, epochs=1, hidden=8, k_core=6, drop_repeats=True)

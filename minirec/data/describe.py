@@ -30,7 +30,7 @@ def describe(log, split, no_repeats=False):
             "valid_users": len(split.valid.users),
             "test_users": len(split.test.users),
             "unreachable": count_unreachable(log, split.test),
-            "cold": count_cold(log, split),
+            "cold": int(cold_targets(log, split).sum()),
         },
         "k_core": {str(k): core_size(log, k, no_repeats) for k in CORES},
     }
@@ -63,7 +63,7 @@ def count_unreachable(log, cases):
 
 def remarks_on_targets(log, split, filter_seen):
     """Return which test targets cannot be hit, and why, as lines: training never saw them, or the user had them."""
-    cold, n_targets = count_cold(log, split), len(split.test.users)
+    cold, n_targets = int(cold_targets(log, split).sum()), len(split.test.users)
     lines = [f"{cold:,} of {n_targets:,} test targets are items that training never saw (cold)"] if cold else []
     return lines + (remarks_on_repeats(count_unreachable(log, split.test), n_targets) if filter_seen else [])
 
@@ -77,11 +77,11 @@ def remarks_on_repeats(unreachable, n_targets):
     return [line + "; where people buy again, use --no-filter-seen" * (unreachable > MANY_REPEATS * n_targets)]
 
 
-def count_cold(log, split):
-    """Count the test targets of a split whose items are nowhere in what is trained on."""
+def cold_targets(log, split):
+    """Return whether the item of each test target of a split is nowhere in what is trained on, [M]."""
     trained = np.zeros(len(log.items), bool)
     trained[log.sequence[spans(log.offsets[:-1], split.train_lengths)]] = True
-    return int((~trained[log.sequence[split.test.stops]]).sum())
+    return ~trained[log.sequence[split.test.stops]]
 
 
 def _time(log):

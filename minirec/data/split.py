@@ -73,8 +73,7 @@ def _quantile(times):
     """
     place, tenths = divmod(TENTHS * (len(times) - 1), 10)
     low, high = np.partition(times, (ends := [place, place + (tenths > 0)]))[ends].tolist()
-    rise = (high - low) * tenths
-    return low + (rise / 10 if isinstance(rise, float) else rise // 10)
+    return low + ((high - low) * tenths / 10 if isinstance(low, float) else (high - low) * tenths // 10)
 
 
 def _targets(log, evaluated, places):

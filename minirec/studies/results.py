@@ -13,7 +13,7 @@ import io
 import numpy as np
 
 from minirec import files
-from minirec.data.describe import count_cold
+from minirec.data.describe import cold_targets
 from minirec.decompose import HEATMAPS, RATIOS
 from minirec.errors import UserError
 from minirec.studies import statistics
@@ -109,7 +109,8 @@ def describe_dataset(dataset, arms, seeds):
     result = {"curves": {attn: [[r[JUDGED_BY] for r in run["records"]] for run in v] for attn, v in arms.items()}}
     result |= {"users": len(log.users), "items": len(log.items), "interactions": len(log.sequence), "seeds": seeds}
     result |= {"split": dataset.settings["data"]["split"], "test_users": len(split.test.users)}
-    result |= {"unreachable": int((learned[0]["ranks"]["test"] >= MISS).sum()), "cold": count_cold(log, split)}
+    seen, cold = learned[0]["ranks"]["test"] >= MISS, cold_targets(log, split)
+    result |= {"unreachable": int(seen.sum()), "cold": int((cold & ~seen).sum())}  # none is counted as both
     result |= {name: (model | training)[name] for name in ("max_length", "dropout", "filter_seen", "patience")}
     result |= {
         "epochs_at_most": training["epochs"],
