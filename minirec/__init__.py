@@ -8,9 +8,9 @@
 Read the modules in this order: plain, errors, gpu, backend, ops, packing, attention, loss, parameters, optimizer,
 kernels, model, decompose, files, data.times, data.log, data.columns, data.read, data.split, data.describe,
 data.planted, data.public, training.settings, training.runs, training.mpi, training.parallel, training.ranking,
-training.baselines, training.progress, training.fit, studies.statistics, studies.results,
-studies.grid, studies.plots, lesson.gradcheck, lesson.recording, lesson.trace, lesson.exercises, lesson.page,
-report.page, cli.options, cli.common, cli.study, cli.train, cli.inspect, cli.lessons, cli.data.
+training.baselines, training.progress, training.fit, studies.statistics, studies.plots, studies.results,
+studies.grid, lesson.gradcheck, lesson.recording, lesson.trace, lesson.exercises, lesson.page, report.page,
+cli.options, cli.common, cli.study, cli.inspect, cli.train, cli.lessons, cli.data.
 """
 
 import importlib

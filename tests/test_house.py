@@ -181,6 +181,15 @@ def test_the_course_names_every_module():
     assert [name for name in course if "." not in name and name != "files"] == FLAT
 
 
+def test_a_module_imports_only_what_stands_before_it_in_the_course():
+    course = minirec.__doc__.split("in this order:")[1].strip(" .\n").replace("\n", " ").split(", ")
+    for module in course:
+        source = (PACKAGE / f"{module.replace('.', '/')}.py").read_text().split("\ndef main():")[0]
+        ours = [name.removeprefix("minirec.") for name in imports(source) if name.startswith("minirec.")]
+        later = [name for name in course[course.index(module) :] if any(within(our, [name]) for our in ours)]
+        assert later == [], module
+
+
 def test_the_package_stays_under_its_limits():
     sizes = {dotted(path): code_lines(path) for path in MODULES}
     door = code_lines(ROOT / "cli.py")

@@ -1,1 +1,1 @@
-"""The data wing: logs read, filtered, split and described; three whose answer is planted; public ones fetched."""
+"""The data wing: logs read, filtered, split and described; four whose answer is planted; public ones fetched."""
