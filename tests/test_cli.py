@@ -636,7 +636,7 @@ MISTAKES = {
     "no GPU": (["train", "--backend", "cupy"], 1, "--backend numpy"),
     "a model beyond memory": (["train", "--max-length", 1 << 24, "--hidden", 1 << 10], 1, "--max-length"),
     "sizes beyond numbers": (["train", "--hidden", 10**400], 2, "--hidden"),
-    "one column": (["train", "--data", "log.txt", "--columns", "user"], 1, "two or three"),
+    "one column": (["train", "--data", "log.txt", "--columns", "user"], 1, "2 to 4 different"),
     "no block named": (["evaluate", "RUN", "--attn", "uniform", "--attn-blocks", ""], 2, "--attn-blocks"),
     "an endless log": (["train", "--data", "/dev/zero"], 1, "not a regular file"),
     "unknown columns": (["train", "--data", "log.txt", "--columns", "a,b"], 1, "no columns a, b"),

@@ -279,8 +279,8 @@ def test_columns_of_times_that_are_not_taken_are_named(write):
         ("user,itm,time", "no columns itm among 'user, item, time'; did you mean 'item'"),
         ("user,item,9", "no columns 9 among"),
         ("user,0", "no columns 0 among"),
-        ("user", "two or three different names"),
-        ("user,user", "two or three different names"),
+        ("user", "2 to 4 different names"),
+        ("user,user", "2 to 4 different names"),
     ],
 )
 def test_columns_that_are_not_there_are_refused_with_those_that_are(write, columns, message):

@@ -11,7 +11,7 @@ from minirec.cli.common import PROGRAM, Commands, as_called, one_line, say
 from minirec.training.mpi import launched_rank
 
 THE_WAY = """\
-python cli.py study                      is learned attention needed? four embedded datasets, some minutes
+python cli.py study                      is learned attention needed? four embedded logs, some minutes
 python cli.py study --data ratings.csv   the same question, asked of your own log
 python cli.py --help                     all commands; each has a --help of its own"""
 
@@ -28,8 +28,8 @@ def main(ctx):
     """SASRec in plain NumPy/CuPy: is learned attention weighting needed, on your data?
 
     \b
-    python cli.py study                     the answer for the embedded datasets, with figures
-    python cli.py train                     one model, on an embedded dataset
+    python cli.py study                     the answer for the embedded logs, with figures
+    python cli.py train                     one model, on an embedded log
     python cli.py evaluate --attn uniform   the same model with its attention replaced by an average
     python cli.py decompose                 how much does it mix positions?
     """

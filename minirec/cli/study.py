@@ -15,10 +15,10 @@ from minirec.training import runs
 
 
 @click.command(cls=Command)
-@click.option("--data", metavar="FILE", multiple=True, help="A log; may be repeated [default: the embedded datasets].")
+@click.option("--data", metavar="FILE", multiple=True, help="A log; may be repeated [default: the embedded logs].")
 @options.log
 @click.option(
-    "--attn", type=options.WEIGHTING, multiple=True, help="A weighting beside softmax and uniform [default: all]."
+    "--attn", type=options.WEIGHTING, multiple=True, help="Beside softmax and uniform; may be repeated [default: all]."
 )
 @click.option("--seeds", type=click.IntRange(1, 1000), default=3, help="Runs of each weighting.")
 @click.option("--epochs", type=options.COUNT, help="The most epochs of a run [default: 200].")
@@ -30,7 +30,7 @@ from minirec.training import runs
 @click.option("--dropout", type=options.SHARE, help="Share of values dropped [default: 0.2 for dense logs, else 0.5].")
 @options.backend
 @options.filter_seen(True)
-@click.option("--workers", type=options.COUNT, help="Runs at a time [default: all usable cores].")
+@click.option("--workers", type=options.COUNT, help="Runs at a time [default: all usable cores]; on a GPU, one.")
 @click.option("--figures", type=click.Choice(["png", "pdf", "svg"]), default="png", help="The format of the figures.")
 @click.option("--out", type=options.PATH, help="The folder [default: runs/study, or runs/study-LOG].")
 @options.as_json
@@ -38,8 +38,9 @@ def study(data, attn, out, figures, as_json, **chosen):
     """Is learned attention needed on this data? The verdict.
 
     Trains a grid of runs, every attention weighting with the same seeds, and measures how much the trained models mix
-    positions. Then it names the regime of each log, with statistics and figures. Started again, it goes on where it was
-    stopped. The embedded logs have settings of their own, with which they train in minutes.
+    positions. Then it names the regime of each log, with statistics and figures: preserving (little is mixed), mixing
+    without reliance (an average would do) or mixing with reliance (learned weights gain). Started again, it goes on
+    where it was stopped. The embedded logs have settings of their own, with which they train in minutes.
 
     \b
     python cli.py study

@@ -55,7 +55,7 @@ def read_log(path, columns=None, format=None, time_format=None, ties="file", pro
     columns = columns.split(",") if isinstance(columns, str) else columns or ()
     columns = [column.strip() for column in columns]
     if columns and not 2 <= len(set(columns)) == len(columns) <= 4:
-        raise UserError(f"--columns {','.join(columns)}: expected two or three different names, USER,ITEM[,TIME]")
+        raise UserError(f"--columns {','.join(columns)}: expected 2 to 4 different names, USER,ITEM[,TIME[,CLOCK]]")
     for name, value, allowed in (("format", format, (None, *FORMATS)), ("ties", ties, TIES)):
         if value not in allowed:
             raise UserError(f"{name} is {value!r}: choose from {', '.join(filter(None, allowed))}")

@@ -63,7 +63,7 @@ class Source:
     time_format: str | None = option(None, str, "How its times are written, as in '%d/%m/%Y %H:%M'.", "PATTERN")
     ties: str = option("file", TIES, "Order among a user's equal times: the file's, or random with a fixed seed.")
     split: str = option(
-        "leave-one-out", tuple(SPLITS), "What is held out: each user's last items, or the last tenth of interactions."
+        "leave-one-out", tuple(SPLITS), "Held out: each user's last two items, or the last two tenths of interactions."
     )
     k_core: int = option(1, Range(1, LARGEST), "Keep only users and items with at least this many interactions.")
     drop_repeats: bool = option(False, bool, "Count an item once where it directly follows itself.")
