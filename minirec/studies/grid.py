@@ -67,15 +67,16 @@ def print_line(line):
 def study(logs, weightings=None, seeds=3, folder=None, workers=None, read=None, say=print_line, show=None, **options):
     """Train all weightings on all logs with the same seeds; return what they show.
 
-    logs: {name: Log}, or a list of paths and of names of planted logs, or a single log; weightings: their names, beside
-    softmax and uniform, which a study always compares (None: all); folder: where the runs, study.json and study.csv go,
-    and where a study that was stopped goes on (None: a temporary one); workers: runs at a time (None: all usable
-    cores). options: those of fit, format and columns; max_length and dropout follow the log where they are not given,
-    and the planted logs train faster.
+    logs: {name: Log}, or a list of paths and of names of embedded logs, or a single log; weightings: their names,
+    beside softmax and uniform, which a study always compares (None: all); seeds: how many; folder: where the runs,
+    study.json and study.csv go, and where a study that was stopped goes on (None: a temporary one); workers: runs at a
+    time (None: all usable cores). options: those of fit, split to backend, and for files those of read_log, columns to
+    ties; max_length and dropout follow the log where they are not given, and the embedded logs train faster.
     read(source): how a file becomes a Log (None: runs.load_log); say(line): called with what was decided and done
     (None: in silence); show(text): with where it is, after each epoch.
     Returns {name: results}, as study.json holds them: "verdict", "regime", "confident", "caveats", ...; None on all
-    ranks of mpiexec but the first one. Raises UserError where a log cannot be studied, or no run comes to its end.
+    ranks of mpiexec but the first one. Raises UserError where a log cannot be studied, no run comes to its end, or
+    scipy is missing.
     """
     import_scipy()  # or say now, not after the runs, that it is missing
     say, read = say or (lambda line: None), read or runs.load_log

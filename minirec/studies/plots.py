@@ -1,7 +1,8 @@
 """Pictures, with matplotlib (extra `study`), which is not imported before a picture is asked for.
 
-Each function returns a matplotlib figure, which a notebook shows and `write` writes. They are to be read in grey and at
-the width of a column: arms and logs differ by marker and line, not by colour alone.
+`heatmaps`, `rq3_plane` and the others that draw return a matplotlib figure. `write` or its own savefig writes it; a
+notebook shows it after `%matplotlib inline`. They raise ImportError where matplotlib is missing. Figures are to be read
+in grey and at the width of a column: arms and logs differ by marker and line, not by colour alone.
 """
 
 import contextlib
@@ -58,7 +59,7 @@ def new_figure(rows, columns, width, height, **options):
 
 
 def write(figure, path):
-    """Write a figure to a path, in the format that its suffix names: png, pdf, svg."""
+    """Write a figure to a pathlib.Path, in the format that its suffix names: png, pdf, svg."""
     import matplotlib
 
     with warnings.catch_warnings(), matplotlib.rc_context({"pdf.fonttype": 42}):  # fonts that journals take

@@ -262,11 +262,12 @@ def verdict(name, result):
 
 
 def compare(models_a, models_b, part="test"):
-    """Compare two lists of trained models, one of each a seed, as a study compares its arms.
+    """Compare two lists of trained models, in each one model a seed, as a study compares two weightings.
 
-    models_a, models_b: Models or run folders, of the same log and the same seeds; or a single one of each.
-    Returns {"comparison": {metric: as from statistics.compare}, "mean_hedges_g", "judgement", "sentence"}. Raises
-    UserError where logs, seeds or users differ.
+    models_a, models_b: lists of Models or run folders, with the same seeds, or a single one each; part: "valid" or
+    "test". Returns {"comparison": {metric: as from statistics.compare}, "mean_hedges_g", "judgement", "sentence"};
+    judged alone, without a study's correction for several comparisons. Raises UserError where log, split, candidates or
+    seeds differ, where a seed comes twice, or without scipy.
     """
     arms = [models if isinstance(models, (list, tuple)) else [models] for models in (models_a, models_b)]
     arms = [[m if hasattr(m, "ranks") else load(m) for m in models] for models in arms]

@@ -1,6 +1,6 @@
 """Training: the loop, where one can see it; `fit`, which calls it; and Model, what comes out.
 
-Symbols: P parameters, S steps an epoch, M evaluated users, L positions.
+Symbols: P parameters, S steps an epoch, M evaluated users, H heads, L positions.
 
 Everything random is derived from (seed, epoch) or (seed, step), never from a generator that lives on. So a run that
 stops anywhere and is resumed ends in the same bits as one that did not stop.
@@ -134,13 +134,15 @@ def fit(log, attn=Config.attn, seed=Training.seed, folder=None, *, resume=False,
 
     attn: the attention weighting; seed: of initial weights, batch order and dropout; folder: a run folder to keep,
     which `load` and the command line read (None: nothing is written).
-    The log: split, "leave-one-out" or "temporal"; k_core, keep users and items with so many interactions; drop_repeats.
+    The log: split, "leave-one-out" or "temporal"; k_core, keep users and items with at least so many interactions;
+    drop_repeats, count an item once where it directly follows itself.
     The model: max_length, the latest items that it sees; hidden, its size D; blocks; heads; dropout.
-    Training: loss, "ce" over all items, "sampled" over `negatives` of them, or "bce"; epochs, at most so many;
-    batch_size; lr, the learning rate; patience, epochs without a gain; filter_seen, whether items that a user has had
-    are no candidates; backend, "numpy" or "cupy"; workers, processes (None: all usable cores).
+    Training: loss, "ce" over all items, "sampled" over `negatives` of them, "bce" against one unseen item; epochs, at
+    most so many; batch_size; lr, the learning rate; patience, epochs without a gain that end it; filter_seen, rank only
+    items that a user has not had; backend, "numpy" or "cupy"; workers, processes (None: all usable cores).
     resume: go on with the run that the folder holds; on_epoch(record): called after each epoch (None: in silence).
-    Raises UserError for an option that is not allowed, or a log that cannot be trained on.
+    Raises UserError for an option that is not allowed, a log that cannot be trained on, a folder that cannot be used,
+    or a loss that is not finite.
     """
     check_log(log, "fit")
     if unknown := options.keys() - OPTIONS:
@@ -198,7 +200,8 @@ def silent(length):
 class Model:
     """A trained model, and what can be done with it.
 
-    What the model does not know of a log or a history is left out, with a warning.
+    Items that the model does not know are left out of a log or a history, with a warning; where one is the target, the
+    target is a miss.
     """
 
     config: Config
@@ -221,7 +224,8 @@ class Model:
     def with_attention(self, attn, blocks=None):
         """Return the Model with other attention weights substituted: everything else stays as it was trained.
 
-        attn: a name from attention.known_weightings(); blocks: numbers of the blocks, from 0; None: all.
+        attn: a name from attention.known_weightings(); blocks: numbers of the blocks, from 0; None: all. Raises
+        UserError for a name or a block that there is not.
         """
         n_blocks = self.config.n_blocks
         changed = range(n_blocks) if blocks is None else np.atleast_1d(blocks).tolist()
@@ -231,12 +235,14 @@ class Model:
         return replace(self, config=replace(self.config, attn=weightings), read_log=lambda: self.log)
 
     def evaluate(self, log=None, part="test", filter_seen=None, workers=None, progress=silent):
-        """Rank the targets of a log among all items; return metrics and counts, as `evaluate --json` prints them.
+        """Rank the targets of a log among all items; return {"HR@10": ..., "NDCG@10": ..., ..., "users": ..., ...}.
 
         log: another Log than the one that was trained on (None). It is filtered and split in the same way, and its
         items are matched by name; targets that the model does not know are misses. part: "valid" or "test";
         filter_seen: whether items that the user had before are no candidates (None: as trained); workers: threads
         (None: all usable cores); progress(n): a context whose value is called with numbers of targets that were ranked.
+        Without another log, "baselines" holds the same metrics of two rankings by counts. Raises UserError where no
+        user has a target, or the model knows none of the items.
         """
         if log is not None:
             check_log(log, "evaluate")
@@ -345,7 +351,11 @@ class Model:
         return np.array(known)
 
     def recommend(self, history, k=10, filter_seen=None):
-        """Return the k best items after a history, oldest item first, as [(name, score)], best first."""
+        """Return the k best items after a history, oldest item first, as [(name, score)], best first.
+
+        history: item names or numbers, as of model.log.history(0); filter_seen: rank only items not in it (None: as
+        trained), which may be fewer than k. Raises UserError for a history of which the model knows nothing.
+        """
         (best,) = self.recommend_many([self.history(history)], k, filter_seen, workers=1)
         return best
 
@@ -370,7 +380,7 @@ class Model:
                     yield [(self.items[item], float(score)) for item, score in pairs if score > -np.inf]
 
     def attention(self, history):
-        """Return the attention matrices of a history's latest items, [H, L, L] a block."""
+        """Return the attention matrices of a history's latest items (see recommend), [H, L, L] a block."""
         return model.attention_matrices(self.parameters, self.config, self.history(history))
 
     def decompose(self, workers=None, progress=silent):
@@ -384,7 +394,10 @@ class Model:
         return result | {"users": names[result["sequences"]], "summary": decompose.summarise(result)}
 
     def save(self, folder):
-        """Write a run folder, its log in it: `load` gives this model again, and the same numbers."""
+        """Write a run folder, its log in it: `load` gives this model again, and the same numbers.
+
+        Raises UserError where the folder holds something else.
+        """
         folder, log = Path(folder), self.log
         source = Source(runs.LOG, log.sha256(), **picked(self.settings["data"], SPLITTING))
         with runs.opened(folder, resume=False, saving=True):
