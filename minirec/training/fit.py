@@ -396,7 +396,7 @@ class Model:
     def save(self, folder):
         """Write a run folder, its log in it: `load` gives this model again, and the same numbers.
 
-        Raises UserError where the folder holds something else.
+        Raises UserError where the folder holds a run, or something else that is no saved model.
         """
         folder, log = Path(folder), self.log
         source = Source(runs.LOG, log.sha256(), **picked(self.settings["data"], SPLITTING))
