@@ -1,8 +1,16 @@
 """Fixtures of all tests."""
 
+import contextlib
+
 import numpy as np
 import pytest
 from helpers import run_cli
+
+with contextlib.suppress(ImportError):  # on a GPU, test_device.py runs without it
+    from hypothesis import settings
+
+    settings.register_profile("untimed", deadline=None)  # a busy machine fails no test
+    settings.load_profile("untimed")
 
 
 @pytest.fixture
