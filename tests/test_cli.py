@@ -180,7 +180,7 @@ def test_a_picture_needs_no_display_and_no_backend_of_the_environment(tmp_path, 
     code = (
         "import os, sys; from minirec.studies import plots\n"
         "figure = plots.learning_curves('log', {'softmax': [[0.1, 0.2]]})\n"
-        "plots.write(figure, __import__('pathlib').Path('picture.png'))\n"
+        "plots.write(figure, 'picture.png')\n"
         "assert not any('pyplot' in name for name in sys.modules)\n"
         "import matplotlib; print(os.environ['MPLBACKEND'], dict.get(matplotlib.rcParams, 'backend'))"
     )

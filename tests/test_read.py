@@ -271,6 +271,9 @@ def test_columns_of_times_that_are_not_taken_are_named(write):
     log = read_log(path, "user,item")
     assert "not taken, though it looks like times: created_at, updated_at" in log.remarks
     assert any("the file's order counts" in remark for remark in log.remarks)
+    path = write(table("user item created updated", lambda u, i, t: (u, i, seconds(t), seconds(t) + 5)))
+    with pytest.raises(UserError, match="created, updated looks like times, under no known name"):
+        read_log(path)
 
 
 @pytest.mark.parametrize(

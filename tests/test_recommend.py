@@ -374,6 +374,17 @@ def test_a_k_core_of_the_run_takes_no_user_of_today_their_recommendations(train,
     assert list(exported(tmp_path / "all.csv")) == ["u1", "u2"] and "--k-core 3 is not applied" in result.stderr
 
 
+def test_a_k_core_of_the_run_takes_no_user_of_its_own_log_their_recommendations(train, histories, tmp_path):
+    path = write_table(tmp_path / "log.csv", histories | {"brief": ["i3", "rare"]})
+    run = train(path, "--k-core", 3)
+    result = call("recommend", run, "--all", "--out", tmp_path / "all.csv")
+    assert "--k-core 3 is not applied" in result.stderr and "another log" not in result.stderr
+    lists = exported(tmp_path / "all.csv")
+    assert list(lists) == [*histories, "brief"]
+    assert [item for item, _ in lists["brief"]] == [item for item, _ in alone(run, "--user", "brief")]
+    assert [item for item, _ in lists["brief"]] == [item for item, _ in alone(run, "--history", "i3")]
+
+
 def test_the_log_trained_on_gives_the_same_bits_wherever_it_lies(run, histories, small_chunks, tmp_path):
     before = last_json(call("evaluate", run, "--json"))
     call("recommend", run, "--all", "--out", tmp_path / "before.csv")

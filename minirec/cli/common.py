@@ -147,23 +147,28 @@ def opened(folder, command, backend=Training.backend, data=None):
 
 @contextmanager
 def another_log(model, data, to_split):
-    """Yield the Log that --data names, read as the model's was; None where it is the one that was trained on.
+    """Yield the Log that --data names, read as the model's was; None where the one that was trained on will do.
 
-    to_split: whether it must hold enough to be split, and is filtered for that; else all its users and items stay.
+    to_split: whether it must hold enough to be split, and is filtered for that; else all its users and items stay, also
+    those of the log that was trained on.
     An error in the context is told with how the log is read and split: the commands have no options for that.
     """
-    source = runs.find_log(model.folder, model.settings, data, another=True) if data else None
-    if source is None or source.sha256 == model.settings["data"]["sha256"]:
+    settings = model.settings["data"]
+    whole = not to_split and settings["k_core"] > 1
+    wanted = data or whole and os.path.basename(settings["path"]) != runs.LOG  # what lies there is filtered
+    source = runs.find_log(model.folder, model.settings, data, another=True) if wanted else None
+    if source is None or source.sha256 == settings["sha256"] and not whole:
         yield None
         return
-    if not to_split and source.k_core > 1:
+    if whole:
         say(f"the run's --k-core {source.k_core} is not applied: users with fewer items get recommendations too")
         source = replace(source, k_core=1)
     try:
         log = load_log(source, to_split=to_split)
-        say(f"{data}: another log than {model.folder} was trained on: {log.counts()}")
+        if source.sha256 != settings["sha256"]:
+            say(f"{source.path}: another log than {model.folder} was trained on: {log.counts()}")
         yield log
     except UserError as error:
-        words = typed(model.settings["data"], *LOG_OPTIONS) or " no options"
+        data, words = source.path, typed(settings, *LOG_OPTIONS) or " no options"
         how = f"--data {data} is read and split as the log of {model.folder}, with{words}"
         raise UserError(f"{error if data in str(error) else f'{data}: {error}'}; {how}") from None

@@ -98,7 +98,7 @@ def describe(path, as_json, **log_options):
     log = load_log(source, tell=False)
     split = runs.split_log(log, {"data": asdict(source)})
     result = describe_log(log, split, source.drop_repeats)
-    result["study"] = {name: studying.defaults(path, log)[name] for name in ("max_length", "dropout")}
+    result["study"] = studying.defaults(path, log)
     if as_json:
         say_json({"path": path, "read_as": log.read_as, "remarks": log.remarks} | result)
         return
@@ -138,7 +138,6 @@ def description(result, split, remarks):
     lines.append((split, "{} to train on, {} for validation, {} for the test".format(*users)))
     lines += [("", remark) for remark in remarks]
     lines += [(f"{k}-core", counted(core)) for k, core in result["k_core"].items()]
-    lines.append(
-        ("study", f"will use --max-length {study['max_length']} --dropout {study['dropout']}; give the same to train")
-    )
+    chosen = " ".join(f"{options.flag(name)} {value}" for name, value in study.items())
+    lines.append(("study", f"will use {chosen}; give the same to train"))
     return [f"{title:<15}{text}" for title, text in lines]

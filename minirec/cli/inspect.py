@@ -216,13 +216,10 @@ def _names_in(history, items):
         raise UserError(f"--history: cannot be read ({error})") from None
     known = set(items)
     names = [field if field in known else field.strip() for field in fields]
-    most_commas = max(name.count(",") for name in items)
-    for start in range(len(names)):
-        for stop in range(start + 2, min(start + 1 + most_commas, len(names)) + 1):
-            joined = ",".join(fields[start:stop]).strip()
-            if joined in known and not known.issuperset(names[start:stop]):
-                quoted = shlex.quote('"' + joined.replace('"', '""') + '"')
-                raise UserError(f"--history: {joined!r} is one item, whose commas need quotes: --history {quoted}")
+    whole = (name for name in items if "," in name and name in history and name not in names)
+    if not known.issuperset(names) and (item := next(whole, None)):
+        quoted = shlex.quote('"' + item.replace('"', '""') + '"')
+        raise UserError(f"--history: {item!r} is one item, whose commas need quotes: --history {quoted}")
     return names
 
 

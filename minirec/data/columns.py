@@ -14,7 +14,7 @@ USERS, ITEMS, TIMES = (
     [name.replace("#", end) for name in KNOWN[role].split() for end in (IDS if "#" in name else ("",))]
     for role in ("user", "item", "time")
 )
-LIKE_TIMES = re.compile(r".*[a-z]At|(?i:(.*[^a-z])?(at|ts|dt)|.*(time|date).*)")
+LIKE_TIMES = re.compile(r".*[a-z]At|(?i:(.*[^a-z])?(at|ts|dt)|.*(time|(?<!up)date(?!d)).*)")
 
 
 def clean_name(field):

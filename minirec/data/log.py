@@ -27,6 +27,13 @@ FEW = 3  # rows that a remark names
 MANY_TIES, ONE_DIRECTION, ENOUGH = 0.01, 0.9, 20  # shares, and how many ties tell of a sorting
 
 
+class History(np.ndarray):
+    """Item numbers [n] that know the names which they number: a model, or another Log, may number them otherwise."""
+
+    def __array_finalize__(self, source):
+        self.item_names = getattr(source, "item_names", None)
+
+
 @dataclass
 class Log:
     """Histories of all users end to end: user u's are sequence[offsets[u]:offsets[u + 1]], oldest first."""
@@ -53,12 +60,12 @@ class Log:
         return counted(self.sizes())
 
     def history(self, user):
-        """Return the item indices of user number `user`, in the order of `users`, oldest first."""
+        """Return the item indices of user number `user`, in the order of `users`, oldest first, as a History."""
         if isinstance(user, str) or not 0 <= user < len(self.users):
-            raise UserError(
-                f"no user number {user!r}: they go from 0 to {len(self.users) - 1}, in the order of log.users"
-            )
-        return self.sequence[self.offsets[user] : self.offsets[user + 1]]
+            raise UserError(f"no user number {user!r}: 0 to {len(self.users) - 1}, in the order of log.users")
+        history = self.sequence[self.offsets[user] : self.offsets[user + 1]].view(History)
+        history.item_names = self.items
+        return history
 
     def sha256(self):
         """Return a fingerprint of the content, for logs that have no file."""

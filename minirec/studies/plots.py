@@ -9,6 +9,7 @@ import contextlib
 import os
 import sys
 import warnings
+from pathlib import Path
 
 import numpy as np
 
@@ -59,9 +60,10 @@ def new_figure(rows, columns, width, height, **options):
 
 
 def write(figure, path):
-    """Write a figure to a pathlib.Path, in the format that its suffix names: png, pdf, svg."""
+    """Write a figure to a path, in the format that its suffix names: png, pdf, svg."""
     import matplotlib
 
+    path = Path(path)
     with warnings.catch_warnings(), matplotlib.rc_context({"pdf.fonttype": 42}):  # fonts that journals take
         warnings.simplefilter("ignore", UserWarning)  # a name in a script that the font lacks
         replace(path, lambda file: figure.savefig(file, format=path.suffix[1:], dpi=150))

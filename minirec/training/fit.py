@@ -21,14 +21,14 @@ import numpy as np
 from minirec import backend, decompose, files, model
 from minirec.backend import load as load_backend
 from minirec.data.log import check_log, filter_log, renumbered
-from minirec.data.split import SPLITS, Targets, batches, seen_items, training_windows
+from minirec.data.split import SPLITS, Targets, batches, training_windows
 from minirec.errors import UserError, did_you_mean
 from minirec.packing import check_items
 from minirec.parameters import Config
 from minirec.training import runs
 from minirec.training.baselines import rank_baselines
 from minirec.training.mpi import launched_ranks
-from minirec.training.parallel import Sampling, Team, usable_cores, worker_map
+from minirec.training.parallel import Team, sampling_for, usable_cores, worker_map
 from minirec.training.progress import Progress
 from minirec.training.ranking import MISS, metrics, rank_targets, recommend
 from minirec.training.runs import SELECTED_BY
@@ -92,29 +92,6 @@ def check_trainable(starts, split):
         raise UserError("nothing to train on: besides what is held out, no user has two interactions")
 
 
-def sampling_for(log, split, config, training):
-    """Return the Sampling that a loss needs; None for the full cross-entropy.
-
-    With "bce", warns of users who were trained on all items, since none is unseen. Raises UserError where the log has
-    one item only.
-    """
-    if training["loss"] == "ce":
-        return None
-    seen = None
-    if training["loss"] == "bce":
-        if len(log.items) < 2:
-            raise UserError("--loss bce needs a second item as the negative, and this log has one item: use --loss ce")
-        seen = seen_items(log, split)
-        n_seen = np.diff(seen.offsets)
-        if n_without := int((n_seen == len(log.items)).sum()):
-            tell(
-                f"--loss bce: {n_without:,} of {len(n_seen):,} users were trained on all {len(log.items):,} items, so "
-                "their negatives are any items but the target"
-            )
-    largest_batch = training["batch_size"] * (config.max_length + 1)
-    return Sampling(training["loss"], training["negatives"], seen, log.offsets, largest_batch)
-
-
 # From a log to a model
 
 
@@ -150,9 +127,7 @@ def fit(log, attn=Config.attn, seed=Training.seed, folder=None, *, resume=False,
     if resume and not folder:
         raise UserError("resume goes on with the run in a folder, and none is given")
     source = Source(runs.LOG, **picked(options, SPLITTING))
-    whole, log = log, filter_log(log, source.k_core, source.drop_repeats)
-    if len(log.items) < len(whole.items):
-        tell("k_core left out items, and the model numbers the others anew: its histories are those of model.log")
+    log = filter_log(log, source.k_core, source.drop_repeats)
     ranks, folder = launched_ranks(), Path(folder) if folder else None
     options |= {"attn": attn, "seed": seed, "workers": options.get("workers") or workers_for(ranks)}
     settings = make_settings(replace(source, sha256=log.sha256()), len(log.items), options)
@@ -215,7 +190,7 @@ class Model:
     @cached_property
     def log(self):
         """The Log that the model was trained on, filtered; one that lies in a file is read when it is first needed."""
-        return self.read_log()
+        return replace(self.read_log(), items=self.items)  # equal ones; the same list tells History of other logs
 
     @property
     def xp(self):
@@ -316,7 +291,7 @@ class Model:
         return known, moved
 
     def history(self, history):
-        """Return a history as item numbers [n]: texts are names of items, and numbers are their numbers.
+        """Return a history as item numbers [n]: texts are names of items, numbers those of the model or of a History.
 
         Names that the model does not know are left out, with a warning.
         """
@@ -324,9 +299,10 @@ class Model:
         wrong = UserError(f"a history is a list of item names or numbers, oldest first, not {history!r:.60}")
         if isinstance(history, str):  # whose characters are no items
             raise wrong
-        numbered = getattr(history, "dtype", None) == np.int32  # as Log.history has them
+        theirs = getattr(history, "item_names", None)
         try:
             history = list(history)  # perhaps an iterator, which can be read once
+            history = history if theirs in (None, self.items) else [theirs[item] for item in history]
             items = [numbers.get(item, item) if isinstance(item, str) else operator.index(item) for item in history]
         except TypeError:
             raise wrong from None
@@ -337,10 +313,8 @@ class Model:
             near = did_you_mean("".join(unknown[:1]), self.items)
             raise UserError(f"history: {wrong}{near or f'; items look like {self.items[0]!r}'}")
         if not 0 <= min(known) <= max(known) < len(self.items):
-            raise UserError(
-                f"item numbers go from 0 to {len(self.items) - 1}; items by name are texts: {self.items[0]!r}"
-            )
-        if not numbered:
+            raise UserError(f"item numbers go from 0 to {len(self.items) - 1}; a name is a text: {self.items[0]!r}")
+        if theirs is None:
             typed = (item for item in history if not isinstance(item, str))
             other = next((item for item in typed if numbers.get(str(item), item) != item), None)
             if other is not None:
@@ -369,7 +343,9 @@ class Model:
             raise UserError(f"k is {k!r}: at least 1 item is recommended")
 
         def checked(history):
-            check_items(np.asarray(history), self.config.n_items)
+            other = getattr(history, "item_names", None) not in (None, self.items)
+            history = np.asarray(self.history(history) if other else history)
+            check_items(history, self.config.n_items)
             return history
 
         filter_seen = self.filters_seen(filter_seen)

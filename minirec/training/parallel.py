@@ -24,6 +24,7 @@ import multiprocessing
 import os
 import signal
 import sys
+import warnings
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -34,7 +35,7 @@ import numpy as np
 from threadpoolctl import threadpool_limits
 
 from minirec.backend import generator, to_device
-from minirec.data.split import Seen, unseen_negatives, windows_end_to_end
+from minirec.data.split import Seen, seen_items, unseen_negatives, windows_end_to_end
 from minirec.errors import UserError
 from minirec.model import add_gradients
 from minirec.optimizer import adam_step
@@ -135,6 +136,27 @@ class Sampling(NamedTuple):
         negatives = flat.copy()
         negatives[inputs] = unseen_negatives(rng, users, flat[inputs + 1], n_items, self.seen)
         return negatives
+
+
+def sampling_for(log, split, config, training):
+    """Return the Sampling that a loss needs; None for the full cross-entropy.
+
+    With "bce", warns of users who were trained on all items, since none is unseen. Raises UserError where the log has
+    one item only.
+    """
+    if training["loss"] == "ce":
+        return None
+    seen = None
+    if training["loss"] == "bce":
+        if len(log.items) < 2:
+            raise UserError("--loss bce needs a second item as the negative, and this log has one item: use --loss ce")
+        seen = seen_items(log, split)
+        n_seen = np.diff(seen.offsets)
+        if n_without := int((n_seen == len(log.items)).sum()):
+            who = f"{n_without:,} of {len(n_seen):,} users were trained on all {len(log.items):,} items"
+            warnings.warn(f"--loss bce: {who}, so their negatives are any items but the target", stacklevel=3)
+    largest_batch = training["batch_size"] * (config.max_length + 1)
+    return Sampling(training["loss"], training["negatives"], seen, log.offsets, largest_batch)
 
 
 def shared_floats(n):

@@ -105,9 +105,7 @@ class Progress:
         if not finite.all():
             where = f"step {self.step - n_done + finite.argmin() + 1}"
             how = f"lr {self.training['lr']}, seed {self.training['seed']}"
-            raise UserError(
-                f"the loss is not finite at {where} ({how}): try a smaller --lr; what earlier epochs reached is kept"
-            )
+            raise UserError(f"the loss is not finite at {where} ({how}): try a smaller --lr; earlier epochs are kept")
         return losses
 
     def _rank(self, sequence, targets):

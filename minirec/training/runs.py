@@ -89,7 +89,8 @@ def opened(folder, resume, saving=False):
     with files.locked(folder):
         has_state = any((folder / name).exists() for name in STATES)
         if has_state and not resume:
-            raise UserError(f"{folder}: holds a run already; add --resume to continue it, or choose another --out")
+            how = "choose another folder" if saving else "add --resume to continue it, or choose another --out"
+            raise UserError(f"{folder}: holds a run already; {how}")
         config = load_settings(folder) if (folder / "config.json").exists() else {}
         if config.get("saved") and not saving:
             raise UserError(f"{folder}: holds a saved model; choose another folder")
@@ -247,9 +248,7 @@ def load_parameters(folder, config, xp=np):
     """Return the parameters in checkpoint.npz as {name: array} on module xp, names, shapes and values verified."""
     path = folder / "checkpoint.npz"
     if not os.path.exists(path):
-        raise UserError(
-            f"{path}: no such file: removed, or the run has not finished an epoch (train --resume --out {folder})"
-        )
+        raise UserError(f"{path}: removed, or no epoch is finished yet: train --resume --out {folder} goes on")
     expected = {name: files.kind("float32", shape) for name, shape in parameter_shapes(config).items()}
     parameters = files.read_arrays(path, expected)
     for name, value in parameters.items():
