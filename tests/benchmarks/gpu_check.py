@@ -1,4 +1,4 @@
-"""Does everything run on this GPU, is it right, and how fast is it? One command, eight minutes, no network:
+"""Does everything run on this GPU, is it right, and how fast is it? One command, some minutes, no network:
 
     python tests/benchmarks/gpu_check.py [--data beauty.txt --ml-1m ml-1m.txt] [--only speed]
 
