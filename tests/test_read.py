@@ -454,6 +454,7 @@ def moments(log):
         (["2019-10-03", "20191004"], "line 3: timestamp '20191004'"),
         (["2019-25-03", "2019-22-04"], "line 2: timestamp '2019-25-03' is not a number or a date"),
         (["25.03", "22.04"], "look like a day and a month without a year"),
+        (["31122019", "1012020"], "'31122019' look like day, month, year: write YYYYMMDD"),
         (["2019-10-03", "0001-01-01"], "line 3: timestamp '0001-01-01'"),
         (
             ["1569411221", "1.57E+09"],

@@ -75,6 +75,8 @@ class Times:
         if self.first and name in LOST:
             raise UserError(f"timestamps such as {self.first!r} look like a day and a month without a year")
         if name == "number":
+            if ((10**6 <= chosen) & (chosen < 32 * 10**6) & (abs(chosen % 10**4 - 2000) < 100)).all():
+                raise UserError(f"timestamps such as {self.first!r} look like day, month, year: write YYYYMMDD")
             return _dated(chosen)
         for other, values in times.items():
             if other != "number" and (values != chosen).any():

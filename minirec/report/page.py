@@ -50,10 +50,8 @@ def legible(name):
     """Return a name with what has no glyph, or turns the direction of text, written as an escape."""
     joiners = "\u200c\u200d"  # scripts and emoji need them
     hidden = ("Cc", "Cf", "Cs", "Zl", "Zp")
-    return "".join(
-        c.encode("unicode_escape").decode() if unicodedata.category(c) in hidden and c not in joiners else c
-        for c in name
-    )
+    is_hidden = lambda c: unicodedata.category(c) in hidden and c not in joiners
+    return "".join(c.encode("unicode_escape").decode() if is_hidden(c) else c for c in name)
 
 
 def rounded(value):

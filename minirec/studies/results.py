@@ -226,9 +226,8 @@ def numbers(comparisons):
     """Return what one comparison comes to, as text; comparisons: {metric: as from statistics.compare}."""
     c, mean = comparisons[JUDGED_BY], mean_hedges_g(c["hedges_g"] for c in comparisons.values())
     parts = [f"{JUDGED_BY} {c['difference']:+.4f}", *([] if c["relative"] is None else [f"{c['relative']:+.1%}"])]
-    parts += (
-        ["{:.0%} interval {:+.4f} to {:+.4f}".format(statistics.CONFIDENCE, *c["interval"])] if c["interval"] else []
-    )
+    said = "{:.0%} interval {:+.4f} to {:+.4f}"
+    parts += [said.format(statistics.CONFIDENCE, *c["interval"])] if c["interval"] else []
     parts += [] if mean is None else [f"mean Hedges' g {mean:+.1f}"]
     return ", ".join([*parts, f"{c['seeds']} seed{'s' * (c['seeds'] > 1)}"])
 
