@@ -132,10 +132,11 @@ def fingerprint(path, hint=""):
 
 def named_logs(path):
     """Return the end of an error line: which log a person may have meant who named no file; "" where unclear."""
-    public = files.read_json(Path(planted.__file__).with_name("catalogue.json"))["datasets"]
-    if path in [entry["name"] for entry in public]:
+    catalogue = files.read_json(Path(planted.__file__).with_name("catalogue.json"))
+    public = [entry["name"] for entry in catalogue["datasets"]]
+    if path in public:
         return f"; python cli.py fetch {path} brings it as datasets/{path}.csv"
-    return did_you_mean(path, planted.DATASETS)
+    return did_you_mean(path, [*planted.DATASETS, *public])
 
 
 def load_log(source, progress=None, to_split=True):
