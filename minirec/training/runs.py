@@ -132,11 +132,10 @@ def fingerprint(path, hint=""):
 
 def named_logs(path):
     """Return the end of an error line: which log a person may have meant who named no file; "" where unclear."""
-    catalogue = files.read_json(Path(planted.__file__).with_name("catalogue.json"))
-    public = [entry["name"] for entry in catalogue["datasets"]]
-    if path in public:
-        return f"; python cli.py fetch {path} brings it as datasets/{path}.csv"
-    return did_you_mean(path, [*planted.DATASETS, *public])
+    public, name = files.read_json(Path(planted.__file__).with_name("catalogue.json"))["datasets"], str(path).lower()
+    if name in [entry["name"] for entry in public]:
+        return f"; python cli.py fetch {name} brings it as datasets/{name}.csv"
+    return did_you_mean(path, planted.DATASETS)
 
 
 def load_log(source, progress=None, to_split=True):
