@@ -530,7 +530,7 @@ def test_data_sends_nobody_to_a_study_that_refuses_the_log(tmp_path, monkeypatch
     )
     assert "0 users to train on, 3 users for validation, 3 users for the test" in described.stdout
     assert "too small to study: no user to train on" in described.stderr and "next" not in described.stderr
-    assert studied.exit_code == 1 and "too small for a leave-one-out split" in studied.stderr
+    assert studied.exit_code == 1 and "log.txt: nothing to train on: besides what is held out" in studied.stderr
 
 
 def test_gradcheck_prints_every_tensor(tmp_path):

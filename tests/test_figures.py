@@ -119,6 +119,23 @@ def test_learning_curves_are_those_of_their_weighting_with_the_kept_epoch_marked
         assert all(tick == int(tick) for tick in axis.get_xticks())
 
 
+def test_the_plane_tells_made_up_logs_and_sure_verdicts_from_the_others():
+    logs = {"chain": True, "taste": False, "mine": True, "yours": False}
+    results = {
+        name: {"mixing_ratio": 0.1 + i / 100, "mean_hedges_g": 1.0, "confident": confident}
+        for i, (name, confident) in enumerate(logs.items())
+    }
+    figure = plots.rq3_plane(results)
+    points = [c for c in figure.axes[0].collections if type(c).__name__ == "PathCollection"]
+    shown = points[-len(logs) :]  # the published ones come first
+    np.testing.assert_allclose([c.get_offsets()[0][0] for c in shown], [r["mixing_ratio"] for r in results.values()])
+    assert [bool(point.get_facecolor()[0][:3].sum()) for point in shown] == [False, True, False, True]  # black or white
+    corners = [tuple(map(tuple, point.get_paths()[0].vertices.round(3))) for point in shown]
+    assert corners[0] == corners[1] != corners[2] == corners[3]
+    labels = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert labels == ["published (Kozaki et al. 2026)", "made-up logs", "this study (filled: confident)"]
+
+
 def test_the_plane_holds_every_log_at_its_ratio_and_effect_size_with_their_intervals(results):
     everything = results | {"earlier": {"mixing_ratio": 0.6, "mean_hedges_g": 9.5}}  # studied in this folder before
     everything |= {"alone": {"mixing_ratio": 0.3, "mean_hedges_g": None}}  # one seed has no effect size
@@ -132,11 +149,9 @@ def test_the_plane_holds_every_log_at_its_ratio_and_effect_size_with_their_inter
     }
     named = {text.get_text().removesuffix(" (no g)"): text.xy for text in axis.texts if hasattr(text, "xy")}
     assert named == expected and any(text.get_text() == "alone (no g)" for text in axis.texts)
-    points = {
-        group.get_label(): group.get_offsets().tolist() for group in axis.collections if group.get_label()[0] != "_"
-    }
-    assert points["this study"] == [list(expected[name]) for name in ("a", "b", "earlier", "alone")]
-    np.testing.assert_allclose(sorted(sum(points.values(), [])), sorted(map(list, expected.values())))
+    points = [group for group in axis.collections if type(group).__name__ == "PathCollection"]
+    places = [tuple(map(float, group.get_offsets()[0])) for group in points]
+    np.testing.assert_allclose(sorted(places), sorted(expected.values()))
     assert all(left <= x <= right and low <= y <= high for x, y in expected.values())
     bars = [(list(line.get_xdata()), list(line.get_ydata())) for line in axis.lines]
     for name in "ab":

@@ -166,10 +166,33 @@ def test_the_share_that_recency_does_not_bring_and_its_interval(rng):
     recency = uniform + 0.15 + rng.normal(0, 0.1, (5, 400))
     share, (low, high) = statistics.content_share(softmax, uniform, recency)
     assert share == pytest.approx((softmax - recency).mean() / (softmax - uniform).mean())
-    rest = softmax - recency - share * (softmax - uniform)
-    half = statistics.half_width(statistics.squared_errors(rest), 5, 400) / (softmax - uniform).mean()
-    assert (low, high) == pytest.approx((share - half, share + half))
+    for end in (low, high):  # there, what is left is just not off 0
+        rest = softmax - recency - end * (softmax - uniform)
+        assert abs(rest.mean()) == pytest.approx(statistics.half_width(statistics.squared_errors(rest), 5, 400))
+    assert low < share < high
     assert statistics.content_share(softmax[:1], uniform[:1], recency[:1])[1] is None
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_the_shares_interval_agrees_with_comparing_the_arms_themselves(seed):
+    """A share of 0: recency is as good as learned weights. Of 1: it is no better than an average. Of 1/2: half-way."""
+    rng = np.random.default_rng(seed)
+    uniform = rng.normal(0.1, 0.1, (3, 60)) + rng.normal(0, 0.01, (3, 1))
+    softmax = uniform + 0.2 + rng.normal(0, 0.3, (3, 60)) + rng.normal(0, 0.02, (3, 1))
+    recency = uniform + rng.uniform(-0.05, 0.25) + rng.normal(0, 0.3, (3, 60)) + rng.normal(0, 0.02, (3, 1))
+    if statistics.compare(softmax, uniform)["interval"][0] <= 0:
+        pytest.skip("no gain to have a share in")
+    _, (low, high) = statistics.content_share(softmax, uniform, recency)
+    for share, a, b in ((0, softmax, recency), (1, recency, uniform), (0.5, recency, (softmax + uniform) / 2)):
+        below, above = statistics.compare(a, b)["interval"]
+        assert (low <= share <= high) == (below <= 0 <= above)
+
+
+def test_a_share_of_a_gain_that_may_be_nothing_has_no_end(rng):
+    uniform = rng.normal(0.1, 0.1, (3, 60))
+    softmax, recency = (uniform + rng.normal(0.01, 0.3, (3, 60)) for _ in range(2))
+    _, interval = statistics.content_share(softmax, uniform, recency)
+    assert interval[1] - interval[0] > statistics.FAR
 
 
 def test_regimes_and_what_fits_them():

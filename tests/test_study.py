@@ -220,7 +220,7 @@ def test_wrong_input_is_refused_in_one_line(log_path, tmp_path):
         (("--data", log_path, "--k-core", 99), 1, "--k-core 99 leaves no interaction"),
         (("--data", "missing.csv"), 1, "missing.csv: cannot be read"),
         (("--seeds", 0), 2, "--seeds"),
-        (("--data", short), 1, "short.txt: too small for a leave-one-out split"),
+        (("--data", short), 1, "short.txt: nothing to train on: besides what is held out"),
     ):
         process = run_cli("study", *arguments, cwd=tmp_path)
         assert process.returncode == status and words in process.stderr, process.stderr
@@ -684,7 +684,7 @@ def test_what_learned_weights_are_relied_on_for():
         assert found["content_share"] == pytest.approx((0.4 - recency) / 0.3, abs=0.005)
         low, high = found["content_share_interval"]
         assert low < found["content_share"] < high and (low <= 0.5 <= high) == (not confident)
-    assert found["caveats"] == ["whether recency or content counts is not clear"]
+    assert found["caveats"] == ["whether recency brings most of the gain is not clear"]
     assert conclude(recency=0.1)["relies_on"] is None  # softmax does not beat uniform
 
 
@@ -711,17 +711,17 @@ def test_a_verdict_is_no_stronger_than_its_seeds():
         "log: a causal average does as well as learned attention, to within 5% (NDCG@10 "
     )
     for recency, brought, rest in (
-        (0.39, 97, ": recency counts for more than content; blocks keep"),
-        (0.12, 7, ": content counts for more than recency; blocks keep"),
+        (0.39, 97, ": recency suffices for most of it; blocks keep"),
+        (0.12, 7, ": most of it needs more than recency; blocks keep"),
         (0.2498, 50, "; blocks keep"),  # not clear, as the caveat says
     ):
         found = conclude(softmax=0.4, uniform=0.1, recency=recency, ratios=HIGH)
         low, high = found["content_share_interval"]
         words = (
-            f"; recency alone brings {brought}% of what learned weights gain ({1 - high:.0%} to {1 - low:.0%}){rest}"
+            f"; a fixed decay brings {brought}% of what learned weights gain ({1 - high:.0%} to {1 - low:.0%}){rest}"
         )
         assert words in showing.verdict("log", found)
-    assert "a fixed recency decay does as well as learned attention, to within 5%; recency alone" in verdict(
+    assert "a fixed recency decay does as well as learned attention, to within 5%; a fixed decay brings" in verdict(
         softmax=0.4, uniform=0.1, recency=0.39, ratios=HIGH
     )
 

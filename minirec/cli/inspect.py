@@ -92,8 +92,7 @@ def evaluate(run, data, split, filter_seen, attn, attn_blocks, backend, workers,
     if as_json:
         say_json(result)
     else:
-        weightings = dict.fromkeys(result["attn"])
-        names = "+".join(result["attn"] if len(weightings) > 1 else weightings)
+        names = "+".join(dict.fromkeys(result["attn"]))
         click.echo(metrics_table(split, columns | {names: result} | result["baselines"]))
 
 

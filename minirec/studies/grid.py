@@ -26,7 +26,7 @@ import numpy as np
 from minirec import backend, files
 from minirec.attention import known_weightings
 from minirec.data.describe import remarks_on_targets
-from minirec.data.log import Log, check_log, filter_log
+from minirec.data.log import Log, check_log, filter_log, located
 from minirec.data.split import training_windows
 from minirec.errors import UserError
 from minirec.packing import spans
@@ -34,7 +34,7 @@ from minirec.studies import results
 from minirec.studies.results import describe_mixing, load_analysis, substitutions
 from minirec.studies.statistics import import_scipy
 from minirec.training import runs
-from minirec.training.fit import SPLITTING, load, train
+from minirec.training.fit import SPLITTING, check_trainable, load, train
 from minirec.training.mpi import launched_rank
 from minirec.training.parallel import PROCESSES, die_with_parent, usable_cores
 from minirec.training.progress import check_length
@@ -148,9 +148,8 @@ def prepare(name, log, options, read, say):
     backend.load(settings["training"]["backend"])  # or say now what it lacks
     split = runs.split_log(log, settings)
     n_users, epochs = len(split.test.users), settings["training"]["epochs"]
-    if not n_users or not len(training_windows(log, split, model.max_length)[0]):
-        why = "no user to test on, or nothing to train on"
-        raise UserError(f"{source.path}: too small for a {source.split} split: {why}")
+    with located(source.path if source.path != KEPT else name):
+        check_trainable(training_windows(log, split, model.max_length)[0], split)
     sizes = f"the last {model.max_length} items, dropout {model.dropout}, {epochs} epochs at most"
     say(f"{name}: {log.counts()}; {n_users:,} test users; {sizes}")
     for line in remarks_on_targets(log, split, settings["training"]["filter_seen"]):

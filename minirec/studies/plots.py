@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from minirec.attention import known_weightings
+from minirec.data import planted
 from minirec.decompose import RATIOS, TINY
 from minirec.files import replace
 from minirec.studies.statistics import JUDGED_BY, MIXES_ABOVE, hedges_g_interval, published
@@ -143,9 +144,9 @@ def draw_heatmaps(blocks, title=None):
 def rq3_plane(results):
     """Return the figure of how much a model mixes against what learned weighting gains.
 
-    results: {log: {"mixing_ratio", "mean_hedges_g", and, where known, "mixing_ratio_interval", "seeds"}}. Beside them
-    stand the published points. Bars are 95 % intervals over seeds: of the ratio Student's, of g that of one metric.
-    A log without an effect size stands on the lower edge.
+    results: {log: {"mixing_ratio", "mean_hedges_g", and, where known, "mixing_ratio_interval", "seeds", "confident"}}.
+    Beside them stand the published points. Bars are 95 % intervals over seeds: of the ratio Student's, of g that of one
+    metric. A point is filled where its regime is confident. A log without an effect size stands on the lower edge.
     """
     points = published()["datasets"]
     heights = [p["mean_hedges_g"] for p in (*points.values(), *results.values()) if p["mean_hedges_g"] is not None]
@@ -166,19 +167,18 @@ def rq3_plane(results):
     axis.set_yticks([], minor=True)
     axis.yaxis.set_major_formatter("{x:g}")
     names = []
-    for group, label, marker, face, grey, weight in (
-        (points, "published (Kozaki et al. 2026)", "o", "white", "0.75", "normal"),
-        (results, "this study", "D", "black", "0", "bold"),
-    ):
+    labels = {"o": "published (Kozaki et al. 2026)", "s": "made-up logs", "D": "this study (filled: confident)"}
+    for group, grey, weight in ((points, "0.75", "normal"), (results, "0", "bold")):
         for name, r in group.items():
             x, g, n = r["mixing_ratio"], r["mean_hedges_g"], len(r.get("seeds", ()))
             y, style = low if g is None else g, {"color": grey, "linewidth": 0.8, "zorder": 2}
             axis.plot([x] * 2, hedges_g_interval(y, n) if g is not None and n > 1 else [y, y], **style)
             axis.plot(r.get("mixing_ratio_interval") or [x, x], [y, y], **style)
             names.append((name if g is not None else f"{name} (no g)", (x, y), weight))
-        style = {"marker": marker, "facecolor": face, "edgecolor": "black", "s": 26, "zorder": 3, "clip_on": False}
-        axis.scatter(*zip(*(point for _, point, _ in names[-len(group) :]), strict=True), label=label, **style)
-    figure.legend(fontsize=8, loc="outside lower center", ncols=2, frameon=False)
+            marker = "o" if group is points else "s" if name in planted.DATASETS else "D"
+            style = {"facecolor": "black" if r.get("confident") else "white", "edgecolor": "black", "zorder": 3}
+            axis.scatter(x, y, s=26, marker=marker, label=labels.pop(marker, None), clip_on=False, **style)
+    figure.legend(fontsize=8, loc="outside lower center", ncols=3, frameon=False)
     place_names(figure, axis, names[::-1])  # ours first
     return figure
 

@@ -204,7 +204,7 @@ def find_caveats(result):
         (model["mean"] < (1 - statistics.MARGIN) * counted, "counting does better than the model"),
         (ratio and ratio[0] <= either < ratio[1], f"the seeds' mixing ratios do not agree on a side of {either}"),
         (result["judgements"]["weighting"] not in fits, "it is not clear that weighting matters as the regime has it"),
-        (share and share[0] <= statistics.HALF <= share[1], "whether recency or content counts is not clear"),
+        (share and share[0] <= statistics.HALF <= share[1], "whether recency brings most of the gain is not clear"),
     ]
     return [words for applies, words in caveats if applies]
 
@@ -249,8 +249,8 @@ def verdict(name, result):
             parts.append(WORDS[judgements[what]].format(a=a, b=b))
     if result["relies_on"]:
         share, (low, high) = result["content_share"], result["content_share_interval"]
-        brought = f"recency alone brings {1 - share:.0%} of what learned weights gain ({1 - high:.0%} to {1 - low:.0%})"
-        counts = {"content": "content counts for more than recency", "recency": "recency counts for more than content"}
+        brought = f"a fixed decay brings {1 - share:.0%} of what learned weights gain ({1 - high:.0%} to {1 - low:.0%})"
+        counts = {"content": "most of it needs more than recency", "recency": "recency suffices for most of it"}
         unclear = low <= statistics.HALF <= high  # a caveat says so
         parts.append(brought if unclear else f"{brought}: {counts[result['relies_on']]}")
     caveats = f", not confident ({'; '.join(result['caveats'])})" if result["caveats"] else ""
@@ -270,7 +270,8 @@ def compare(models_a, models_b, part="test"):
     """
     arms = [models if isinstance(models, (list, tuple)) else [models] for models in (models_a, models_b)]
     arms = [[m if hasattr(m, "ranks") else load(m) for m in models] for models in arms]
-    if len({tested_on(m) for models in arms for m in models}) > 1:
+    tested_on = {(m.log.sha256(), m.settings["data"]["split"], m.filters_seen(None)) for models in arms for m in models}
+    if len(tested_on) > 1:
         raise UserError("the models are tested on different logs, parts of one, or candidates (filter_seen)")
     ranks_a, ranks_b = ({m.settings["training"]["seed"]: m.ranks(part) for m in models} for models in arms)
     if any(len({m.config.weightings for m in models}) > 1 for models in arms):
@@ -291,11 +292,6 @@ def compare(models_a, models_b, part="test"):
         "judgement": judgement,
         "sentence": describe_effect(comparison, judgement, a, b),
     }
-
-
-def tested_on(model):
-    """Return what two models have in common that are tested on the same users, targets and candidates."""
-    return model.log.sha256(), model.settings["data"]["split"], model.filters_seen(None)
 
 
 # Tables

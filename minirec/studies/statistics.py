@@ -34,7 +34,8 @@ RESAMPLES = 1000  # of the bootstrap
 MARGIN = 0.05  # arms that differ by less than 5 % of the second one's mean are called equal
 # Above it a model mixes. The published ratios have a gap there: 5 of 14 lie at 0.146 to 0.174, the rest from 0.233.
 MIXES_ABOVE = 0.2
-HALF = 0.5  # of what learned weights gain over an average: recency counts if it brings that much, else content
+HALF = 0.5  # of what learned weights gain over an average: relied on is recency if it brings that much, else content
+FAR = 1000  # shares beyond it are not looked for
 
 
 def published():
@@ -202,15 +203,22 @@ def content_share(softmax, uniform, recency):
     """Return how much of what learned weights gain over an average is more than recency brings, and its interval.
 
     softmax, uniform, recency [n, M]: as in compare. The share is (softmax - recency) / (softmax - uniform). Its
-    interval is that of softmax - recency - share (softmax - uniform), whose mean is 0, over the gain: the linearised
-    error of a ratio, good where the gain is clearly not 0. None for one seed.
+    interval holds each share for which softmax - recency - share (softmax - uniform), whose mean is then 0, is not
+    surely off 0 (Fieller 1954). So at share 1 it says what the interval of recency - uniform says. None for one seed.
     """
     content, gain = softmax - recency, softmax - uniform
     share = float(content.mean() / gain.mean())
     if min(gain.shape) < 2:
         return share, None
-    half = float(half_width(squared_errors(content - share * gain), *gain.shape) / abs(gain.mean()))
-    return share, [share - half, share + half]
+
+    from scipy.optimize import brentq
+
+    def excess(share):  # above 0 where what is left is surely off 0, by more than rounding
+        rest = content - share * gain
+        return float(abs(rest.mean()) - half_width(squared_errors(rest), *gain.shape)) - 1e-15
+
+    ends = (share - FAR, share + FAR)
+    return share, [float(brentq(excess, share, end)) if excess(end) > 0 else end for end in ends]
 
 
 def regime(ratio, g, judgement="unclear"):

@@ -13,6 +13,7 @@ followed, and that only while the log's fingerprint still matches.
 """
 
 import contextlib
+import itertools
 import os
 import re
 from dataclasses import fields, replace
@@ -51,10 +52,8 @@ def log_name(path):
 
 def new_folder(name, attn):
     """Return a path for a new run below runs/ that does not exist yet: NAME-ATTN-1, -2, ..."""
-    number = 1
-    while (path := RUNS / f"{name}-{attn}-{number}").exists():
-        number += 1
-    return path
+    paths = (RUNS / f"{name}-{attn}-{number}" for number in itertools.count(1))
+    return next(path for path in paths if not path.exists())
 
 
 def newest_folder(command, holding=("checkpoint.npz",)):
