@@ -617,7 +617,7 @@ MISTAKES = {
     "missing log": (["train", "--data", "nowhere.txt"], 1, "nowhere.txt"),
     "misspelt dataset": (["train", "--data", "chian"], 1, "did you mean 'chain'?"),
     "misspelt file": (["train", "--data", "lgo.txt"], 1, "did you mean 'log.txt'?"),
-    "public log": (["train", "--data", "ml-1M"], 1, "fetch ml-1m brings it as datasets/ml-1m.csv"),
+    "public log": (["train", "--data", "ml-1M"], 1, "; for the public log: python cli.py fetch ml-1m"),
     "nothing to resume": (["train", "--resume", "--out", "nowhere"], 1, "no run to go on with"),
     "nothing to describe": (["describe", "--json"], 2, "Missing argument 'FILE'"),
     "missing log to describe": (["describe", "nowhere.txt"], 1, "nowhere.txt"),

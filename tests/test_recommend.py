@@ -244,6 +244,8 @@ def test_an_item_with_a_comma_that_is_not_quoted_is_an_error_that_shows_how(trai
         found = last_json(call("recommend", run, "--history", f'"{quoted}",e', "--json"))
         assert found["history"] == [item, "e"]
     assert last_json(call("recommend", run, "--history", "c,e,f", "--json"))["history"] == ["c", "e", "f"]
+    within = call("recommend", run, "--history", "ab,c,de,f", "--json")  # "b,c,d" is in it, across three other fields
+    assert last_json(within)["history"] == ["c", "f"] and "unknown to the model: 'ab', 'de'" in within.stderr
 
 
 # Another log

@@ -810,7 +810,7 @@ def test_what_a_study_cannot_take_is_refused(tmp_path):
         with pytest.raises(UserError, match=words):
             grid.study({"mine": log}, **arguments)
     (tmp_path / "study.csv").write_text("mine")
-    with pytest.raises(UserError, match="study.csv: no study's, and not overwritten"):
+    with pytest.raises(UserError, match="study.csv: not overwritten, since no study.json"):
         grid.study({"mine": log}, folder=tmp_path)
     with pytest.raises(UserError, match="two logs are called a"):
         for name in ("a.csv", "a.txt"):

@@ -215,7 +215,8 @@ def _names_in(history, items):
         raise UserError(f"--history: cannot be read ({error})") from None
     known = set(items)
     names = [field if field in known else field.strip() for field in fields]
-    whole = (name for name in items if "," in name and name in history and name not in names)
+    between = r"(^|[,\r\n])\s*{}\s*([,\r\n]|$)".format  # commas or ends, so that it is no part of other fields
+    whole = (n for n in items if "," in n and n not in names and re.search(between(re.escape(n)), history))
     if not known.issuperset(names) and (item := next(whole, None)):
         quoted = shlex.quote('"' + item.replace('"', '""') + '"')
         raise UserError(f"--history: {item!r} is one item, whose commas need quotes: --history {quoted}")

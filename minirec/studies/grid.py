@@ -236,7 +236,7 @@ def grid(datasets, weightings, n_seeds, out):
     study wrote would be overwritten.
     """
     if (out / "study.csv").exists() and not (out / "study.json").exists():  # which a study writes first
-        raise UserError(f"{out / 'study.csv'}: no study's, and not overwritten; remove it, or choose another --out")
+        raise UserError(f"{out / 'study.csv'}: not overwritten, since no study.json is beside it; remove it")
     order = itertools.product(datasets, range(n_seeds), weightings)
     jobs = [Job(dataset, attn, seed, out / dataset.name / f"{attn}-{seed}") for dataset, seed, attn in order]
     for job in jobs:

@@ -226,8 +226,8 @@ def numbers(comparisons):
     """Return what one comparison comes to, as text; comparisons: {metric: as from statistics.compare}."""
     c, mean = comparisons[JUDGED_BY], mean_hedges_g(c["hedges_g"] for c in comparisons.values())
     parts = [f"{JUDGED_BY} {c['difference']:+.4f}", *([] if c["relative"] is None else [f"{c['relative']:+.1%}"])]
-    said = "{:.0%} interval {:+.4f} to {:+.4f}"
-    parts += [said.format(statistics.CONFIDENCE, *c["interval"])] if c["interval"] else []
+    text = "{:.0%} interval {:+.4f} to {:+.4f}"
+    parts += [text.format(statistics.CONFIDENCE, *c["interval"])] if c["interval"] else []
     parts += [] if mean is None else [f"mean Hedges' g {mean:+.1f}"]
     return ", ".join([*parts, f"{c['seeds']} seed{'s' * (c['seeds'] > 1)}"])
 
@@ -349,7 +349,7 @@ def write_results(out, results):
         everything = before | results
         table = [[name, *row] for name, result in everything.items() for row in result["table"]]
     except (UserError, LookupError, TypeError) as error:
-        raise UserError(f"{path}: damaged, or of an older version ({error}); remove it, then start again") from None
+        raise UserError(f"{path}: damaged, or of an older version ({error}); remove it and study.csv") from None
     lines = [[name, arm, seed, *(f"{value:.6f}" for value in values.values())] for name, arm, seed, values in table]
     csv.writer(text, lineterminator="\n").writerows([["dataset", "arm", "seed", *table[0][3]], *lines])
     files.write_json(path, {"datasets": everything})

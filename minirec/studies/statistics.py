@@ -213,8 +213,8 @@ def content_share(softmax, uniform, recency):
 
     from scipy.optimize import brentq
 
-    def excess(share):  # above 0 where what is left is surely off 0, by more than rounding
-        rest = content - share * gain
+    def excess(candidate):  # above 0 where what is left is surely off 0, by more than rounding
+        rest = content - candidate * gain
         return float(abs(rest.mean()) - half_width(squared_errors(rest), *gain.shape)) - 1e-15
 
     ends = (share - FAR, share + FAR)

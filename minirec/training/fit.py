@@ -190,7 +190,7 @@ class Model:
     @cached_property
     def log(self):
         """The Log that the model was trained on, filtered; one that lies in a file is read when it is first needed."""
-        return replace(self.read_log(), items=self.items)  # equal ones; the same list tells History of other logs
+        return replace(self.read_log(), items=self.items)  # the same list, not an equal one: compared fast
 
     @property
     def xp(self):
@@ -304,14 +304,14 @@ class Model:
             history = list(history)  # perhaps an iterator, which can be read once
             history = history if theirs in (None, self.items) else [theirs[item] for item in history]
             items = [numbers.get(item, item) if isinstance(item, str) else operator.index(item) for item in history]
-        except TypeError:
+        except (TypeError, IndexError):
             raise wrong from None
         unknown = [item for item in items if isinstance(item, str)]
         known = [item for item in items if not isinstance(item, str)]
         if not known:
-            wrong = f"the model knows none of its items: {files.few(unknown)}" if unknown else "it is empty"
+            why = f"the model knows none of its items: {files.few(unknown)}" if unknown else "it is empty"
             near = did_you_mean("".join(unknown[:1]), self.items)
-            raise UserError(f"history: {wrong}{near or f'; items look like {self.items[0]!r}'}")
+            raise UserError(f"history: {why}{near or f'; items look like {self.items[0]!r}'}")
         if not 0 <= min(known) <= max(known) < len(self.items):
             raise UserError(f"item numbers go from 0 to {len(self.items) - 1}; a name is a text: {self.items[0]!r}")
         if theirs is None:
@@ -336,8 +336,8 @@ class Model:
     def recommend_many(self, histories, k=10, filter_seen=None, workers=None):
         """Yield what `recommend` returns for each of many histories, in order.
 
-        histories: an iterable of arrays of item numbers, none empty, which is read a chunk at a time; workers: threads
-        (None: all usable cores). Where filter_seen leaves fewer than k candidates, the list is shorter.
+        histories: an iterable of arrays of item numbers, or of Histories, none empty, which is read a chunk at a time;
+        workers: threads (None: all usable cores). Where filter_seen leaves fewer than k candidates, a list is shorter.
         """
         if not isinstance(k, (int, np.integer)) or k < 1:
             raise UserError(f"k is {k!r}: at least 1 item is recommended")

@@ -159,10 +159,8 @@ def check_length(folder, records, training):
     the end of an epoch repeats it.
     """
     if records[:-1] and finished(records[:-1], training):
-        raise UserError(
-            f"{folder}: ran for {len(records)} epochs, longer than --epochs and --patience allow now; "
-            "give those that it ran with, or choose another --out"
-        )
+        how = "give those that it ran with, or choose another --out"
+        raise UserError(f"{folder}: ran for {len(records)} epochs, longer than --epochs and --patience allow; {how}")
 
 
 # The state

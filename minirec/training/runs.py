@@ -133,7 +133,7 @@ def named_logs(path):
     """Return the end of an error line: which log a person may have meant who named no file; "" where unclear."""
     public, name = files.read_json(Path(planted.__file__).with_name("catalogue.json"))["datasets"], str(path).lower()
     if name in [entry["name"] for entry in public]:
-        return f"; python cli.py fetch {name} brings it as datasets/{name}.csv"
+        return f"; for the public log: python cli.py fetch {name}"
     return did_you_mean(path, planted.DATASETS)
 
 
